@@ -1,0 +1,56 @@
+# Every target sets up what it needs; `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types unit test-slow format clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(READY)  ## create .venv and install the package with its development tools
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("cm-lightning needs Python >= 3.11, this is " + sys.version.split()[0] + " (set PYTHON=...)") if sys.version_info < (3, 11) else None'
+	@echo "Setting up $(VENV) (a few minutes, once) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,fd]'
+	@touch $(READY)
+
+demo: $(READY)  ## train ECT on digits (about 3 minutes on 2 cores) and draw samples
+	@run=runs/demo; n=1; while [ -e "$$run" ]; do n=$$((n + 1)); run=runs/demo-$$n; done; \
+	$(BIN)/cm-fit --config configs/ect_digits.yaml --run_dir $$run && \
+	$(BIN)/cm-sample $$run --sigmas 80 --n 100 --grid --out $$run/pictures/1-step && \
+	$(BIN)/cm-sample $$run --sigmas 80 0.821 --n 100 --grid --out $$run/pictures/2-step && \
+	echo && echo "Done. Look at:" && \
+	echo "  1-step grid  $$run/pictures/1-step/grid.png" && \
+	echo "  2-step grid  $$run/pictures/2-step/grid.png" && \
+	echo "  metrics      $$run/metrics.csv" && \
+	echo "  config       $$run/config.yaml" && \
+	echo "  Frechet distances (over features of a digit classifier; 0 is perfect):" && \
+	$(BIN)/python -c "import json,sys; [print(f'    {k:<36}{v:.3f}') for k, v in json.load(open(sys.argv[1]))['results']['last'].items()]" $$run/run.json
+
+test: lint types unit  ## lint, types and the fast test suite
+
+lint: $(READY)  ## style and spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell cm_lightning configs tests README.md CONTRIBUTING.md CHANGELOG.md
+
+types: $(READY)  ## static types
+	$(BIN)/mypy
+
+unit: $(READY)  ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(READY)  ## the tests that take minutes
+	$(BIN)/python -m pytest -m "slow"
+
+format: $(READY)  ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and caches (runs are kept)
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

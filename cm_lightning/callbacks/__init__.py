@@ -1,0 +1,23 @@
+"""Lightning callbacks: averages, evaluation, pictures, logs and checkpoints."""
+
+from cm_lightning.callbacks.checkpoints import CheckpointCallback, newest_checkpoint
+from cm_lightning.callbacks.diagnostics import DiagnosticsCallback
+from cm_lightning.callbacks.ema import EMACallback, find_ema
+from cm_lightning.callbacks.fid import FIDCallback
+from cm_lightning.callbacks.progress import KimgProgress
+from cm_lightning.callbacks.run_record import RunRecordCallback
+from cm_lightning.callbacks.samples import SamplesCallback
+from cm_lightning.callbacks.step import StepCallback
+
+__all__ = [
+    "CheckpointCallback",
+    "DiagnosticsCallback",
+    "EMACallback",
+    "FIDCallback",
+    "KimgProgress",
+    "RunRecordCallback",
+    "SamplesCallback",
+    "StepCallback",
+    "find_ema",
+    "newest_checkpoint",
+]

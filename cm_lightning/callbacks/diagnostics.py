@@ -1,0 +1,150 @@
+"""Numbers that tell how training goes, averaged over windows on the clock in images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from cm_lightning.callbacks.step import StepCallback, check_interval, due, log_metrics
+from cm_lightning.loggers import KimgWandbLogger
+from cm_lightning.types import InputError, LossOutput
+
+__all__ = ["DiagnosticsCallback"]
+
+HISTOGRAM_BINS, HISTOGRAM_RANGE = 48, (-6.0, 6.0)
+"""Bins and range of log10 of the per-image loss; values outside go to the end bins."""
+
+
+class DiagnosticsCallback(StepCallback):
+    """Log means over windows of ``every_kimg``.
+
+    Keys: ``loss`` and ``distance`` (over all images), the same per bin of the noise level t
+    (``loss_by_sigma/0.1-0.5``), ``ratio/r_over_t``, ``gradient/norm`` and ``gradient/nonfinite``
+    (steps so far with a non-finite gradient), ``schedule/stage``, ``schedule/learning_rate``,
+    ``speed/images_per_second`` and ``memory/peak_gb`` (of the device, or of the process on CPU).
+    W&B also gets a histogram of the per-image loss, ``loss_histogram`` over log10.
+    Sums stay on the device until a window ends and are stored in checkpoints, so a resumed run
+    logs what an uninterrupted one does (speed and memory apart).
+
+    Args:
+        every_kimg: Length of a window in thousands of images.
+        edges: Increasing bin edges of the noise level; values outside go to the end bins.
+
+    Raises:
+        InputError: If an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        every_kimg: float = 50.0,
+        edges: Sequence[float] = (0.1, 0.5, 2.0, 10.0),
+    ) -> None:
+        check_interval("diagnostics", every_kimg)
+        if list(edges) != sorted(set(edges)) or not edges:
+            raise InputError(f"diagnostics.edges must increase, got {list(edges)}.")
+        self.every_kimg = every_kimg
+        self.edges = list(edges)
+        self.latest: dict[str, float] = {}
+        """Values of the last full window."""
+        self._sums: Tensor | None = None
+        self._histogram = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64)
+        self._clock = 0.0
+        self._counted = 0
+
+    @property
+    def bins(self) -> list[str]:
+        """Names of the noise-level bins."""
+        texts = [f"{edge:g}" for edge in self.edges]
+        inner = [f"{a}-{b}" for a, b in pairwise(texts)]
+        return [f"below_{texts[0]}", *inner, f"above_{texts[-1]}"]
+
+    def on_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Start the clock; sums of a resumed window go back to the device."""
+        if self._sums is None:
+            self._sums = torch.zeros(len(self.bins) + 1, 4, dtype=torch.float64)
+        self._sums = self._sums.to(pl_module.device)
+        self._histogram = self._histogram.to(pl_module.device)
+        self._clock, self._counted = time.perf_counter(), pl_module.nimg
+
+    def on_micro_batch(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
+        """Add a micro-batch: per bin, and in the last row gradient norm and its count."""
+        output: LossOutput = outputs["output"]
+        assert self._sums is not None
+        edges = torch.tensor(self.edges, dtype=output.t.dtype).to(output.t.device)
+        bins = torch.bucketize(output.t, edges, right=True)
+        ones = torch.ones_like(output.t)
+        columns = (ones, output.loss.detach(), output.distance, output.r / output.t)
+        values = torch.stack([column.double() for column in columns], 1)
+        self._sums.index_add_(0, bins, values.nan_to_num())
+        low, high = HISTOGRAM_RANGE
+        place = (values[:, 1].clamp_min(1e-30).log10() - low) / (high - low) * HISTOGRAM_BINS
+        place = place.nan_to_num(HISTOGRAM_BINS - 1).clamp(0, HISTOGRAM_BINS - 1).long()
+        self._histogram.index_add_(0, place, ones.double())
+
+    def on_step(self, trainer: L.Trainer, pl_module: Any, before: int, after: int) -> None:
+        """Add the gradient norm; at the end of a window log and start anew."""
+        assert self._sums is not None
+        stats = pl_module.gradient_stats
+        self._sums[-1, 0] += 1
+        self._sums[-1, 1] += stats.norm.double().nan_to_num()
+        if due(before, after, self.every_kimg, pl_module.total_nimg):
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: L.Trainer, pl_module: Any) -> None:
+        assert self._sums is not None
+        sums = trainer.strategy.reduce(self._sums, reduce_op="sum").cpu()
+        histogram = trainer.strategy.reduce(self._histogram, reduce_op="sum").cpu()
+        self._sums.zero_()
+        self._histogram.zero_()
+        counts, losses, distances, ratios = sums[:-1].T
+        total = counts.sum().clamp_min(1)
+        metrics = {
+            "loss": float(losses.sum() / total),
+            "distance": float(distances.sum() / total),
+            "ratio/r_over_t": float(ratios.sum() / total),
+            "gradient/norm": float(sums[-1, 1] / sums[-1, 0].clamp_min(1)),
+            "gradient/nonfinite": float(pl_module.gradient_stats.nonfinite_steps),
+            "schedule/learning_rate": float(trainer.optimizers[0].param_groups[0]["lr"]),
+        }
+        if pl_module.stage is not None:
+            metrics["schedule/stage"] = float(pl_module.stage)
+        for name, count, loss, distance in zip(self.bins, counts, losses, distances, strict=True):
+            if count:
+                metrics[f"loss_by_sigma/{name}"] = float(loss / count)
+                metrics[f"distance_by_sigma/{name}"] = float(distance / count)
+        now = time.perf_counter()
+        images = pl_module.nimg - self._counted
+        metrics["speed/images_per_second"] = images / max(now - self._clock, 1e-9)
+        metrics["memory/peak_gb"] = peak_memory(pl_module.device) / 2**30
+        self._clock, self._counted = now, pl_module.nimg
+        self.latest = metrics
+        log_metrics(trainer, pl_module.nimg, metrics)
+        edges = torch.linspace(*HISTOGRAM_RANGE, HISTOGRAM_BINS + 1).tolist()
+        for logger in trainer.loggers:
+            if isinstance(logger, KimgWandbLogger):
+                logger.log_histogram("loss_histogram", histogram.tolist(), edges, pl_module.nimg)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums of the window under way."""
+        return {"sums": self._sums, "histogram": self._histogram}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the window under way."""
+        self._sums, self._histogram = state_dict["sums"], state_dict["histogram"]
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory in bytes: allocated on a CUDA device, resident for the process on CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else peak * 1024)

@@ -1,0 +1,129 @@
+"""Averages of the denoiser's weights: several profiles at once, lent to whoever evaluates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from cm_lightning.callbacks.step import StepCallback
+from cm_lightning.ema import ConstantEMA, EMAProfile, update_average
+from cm_lightning.types import Denoiser, InputError
+
+__all__ = ["LIVE", "EMACallback", "find_ema"]
+
+LIVE = "live"
+"""Name of the weights being trained, where a profile's name may be given."""
+
+
+class EMACallback(StepCallback):
+    """Keep fp32 averages of the denoiser's parameters.
+
+    Only the denoiser's trainable parameters are averaged: no buffer, teacher or target network.
+    The checkpoint's ``state_dict`` always holds the live weights, the averages are stored beside
+    it, and :meth:`lend` exchanges them for a while.
+
+    Args:
+        profiles: Profiles to track; the first one is the default of samples and exports.
+
+    Raises:
+        InputError: If there is no profile or two share a name.
+    """
+
+    def __init__(self, profiles: Sequence[EMAProfile] = (ConstantEMA(),)) -> None:
+        names = [profile.name for profile in profiles]
+        if not names:
+            raise InputError("ema.profiles is empty: give at least one profile.")
+        if len(set(names)) < len(names):
+            raise InputError(f"ema.profiles must have different names, got {names}.")
+        self.profiles = list(profiles)
+        self.averages: dict[str, dict[str, Tensor]] = {}
+        self._loaded: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the profiles, the default first."""
+        return [profile.name for profile in self.profiles]
+
+    def on_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Start the averages at the weights, or where the checkpoint left them."""
+        parameters = _trainable(pl_module.denoiser)
+        for name in self.names:
+            source = self._loaded.get(name, parameters)
+            self.averages[name] = {
+                key: source[key].detach().to(p.device, torch.float32, copy=True)
+                for key, p in parameters.items()
+            }
+        self._loaded = {}
+
+    def on_step(self, trainer: L.Trainer, pl_module: Any, before: int, after: int) -> None:
+        """Move every average towards the new weights."""
+        weights = list(_trainable(pl_module.denoiser).values())
+        for profile in self.profiles:
+            average = list(self.averages[profile.name].values())
+            update_average(average, weights, profile.beta(before, after - before))
+
+    @contextmanager
+    def lend(self, denoiser: Denoiser, name: str) -> Iterator[None]:
+        """Put an average into the denoiser for the duration of the context.
+
+        Args:
+            denoiser: The denoiser whose parameters were averaged.
+            name: A profile's name, or ``"live"`` to leave the weights as they are.
+
+        Raises:
+            InputError: If no profile has that name.
+        """
+        if name == LIVE:
+            yield
+            return
+        if name not in self.averages:
+            raise InputError(f"No EMA profile is called '{name}': there are {self.names}.")
+        parameters = _trainable(denoiser)
+        live = {key: p.data for key, p in parameters.items()}
+        try:
+            for key, p in parameters.items():
+                p.data = self.averages[name][key].to(p.dtype)
+            yield
+        finally:
+            for key, p in parameters.items():
+                p.data = live[key]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, by profile and parameter name (tensors only)."""
+        return {"averages": self.averages}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the stored averages until training starts.
+
+        Raises:
+            InputError: If a profile is missing in the checkpoint.
+        """
+        stored = state_dict["averages"]
+        for name in self.names:
+            if name not in stored:
+                raise InputError(
+                    f"The checkpoint has no EMA profile '{name}' (it has {sorted(stored)}): "
+                    "an average cannot start in mid-run."
+                )
+        self._loaded = {name: stored[name] for name in self.names}
+
+
+def _trainable(denoiser: Denoiser) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+
+
+def find_ema(trainer: L.Trainer) -> EMACallback:
+    """The trainer's EMA callback.
+
+    Raises:
+        InputError: If it has none.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EMACallback):
+            return callback
+    raise InputError("This callback needs the EMA callback: add EMACallback to the trainer.")

@@ -1,0 +1,217 @@
+"""Frechet distance during training, by number of network calls and EMA profile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from cm_lightning.callbacks.ema import EMACallback, find_ema
+from cm_lightning.callbacks.step import StepCallback, check_interval, due, log_metrics
+from cm_lightning.evaluation import (
+    FeatureExtractor,
+    Inception,
+    load_statistics,
+    reference_statistics,
+    to_uint8,
+)
+from cm_lightning.sampling import (
+    DEFAULT_SAMPLERS,
+    Sampler,
+    check_samplers,
+    draw_images,
+    draw_labels,
+    evaluating,
+)
+from cm_lightning.types import Denoiser, InputError
+
+if TYPE_CHECKING:
+    from cm_lightning.evaluation.frechet import FrechetDistance
+
+__all__ = ["FIDCallback", "metric_name"]
+
+
+def metric_name(base: str, n: int) -> str:
+    """Name of a Frechet distance over ``n`` samples: ``fid`` is kept for 50,000, the convention.
+
+    Fewer samples bias the distance upwards, so the number is part of the name: ``fid10k``.
+    """
+    if n == 50_000:
+        return base
+    return f"{base}{n // 1000}k" if n % 1000 == 0 else f"{base}{n}"
+
+
+class FIDCallback(StepCallback):
+    """Measure the Frechet distance of samples to the training images.
+
+    Every rank draws its share of numbered images (noise by image number), quantises them to uint8
+    as EDM does, and the sums of features are reduced over ranks in float64, so the value does not
+    depend on the number of devices. All samplers and profiles see the same noise. The key
+    ``fid10k/ema_0.9999/nfe1`` reads: Frechet distance over Inception features of 10,000 samples,
+    profile, network calls; with other features it starts with their name instead of ``fid``.
+
+    Args:
+        features: Feature extractor; Inception gives FID as published.
+        samplers: How to draw; all must differ in their number of network calls.
+        every_kimg: Interval in thousands of images, ``None`` to measure at the end alone.
+        n: Number of samples, >= 2.
+        batch: Images per network call and per pass of the extractor.
+        profiles: EMA profiles to measure (``"live"`` for the weights being trained), ``None`` for
+            all tracked ones.
+        reference: ``"auto"`` for statistics of the training images, cached beside the data store,
+            or the path of an EDM/ADM ``.npz`` with ``mu`` and ``sigma``.
+        seed: Seed of the noise, the same at every evaluation.
+        required: Whether a missing feature extractor stops the run; otherwise training goes on
+            without this metric, after a clear message.
+
+    Raises:
+        InputError: If an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        features: FeatureExtractor = Inception(),
+        samplers: Sequence[Sampler] = DEFAULT_SAMPLERS,
+        every_kimg: float | None = 1000.0,
+        n: int = 10_000,
+        batch: int = 256,
+        profiles: Sequence[str] | None = None,
+        reference: str = "auto",
+        seed: int = 0,
+        required: bool = False,
+    ) -> None:
+        check_samplers(samplers)
+        check_interval("fid", every_kimg)
+        if n < 2:
+            raise InputError(f"fid.n must be 2 or more, got {n}.")
+        if batch < 1:
+            raise InputError(f"fid.batch must be 1 or more, got {batch}.")
+        self.features = features
+        self.samplers = list(samplers)
+        self.every_kimg = every_kimg
+        self.n = n
+        self.batch = batch
+        self.profiles = profiles
+        self.reference = reference
+        self.seed = seed
+        self.required = required
+        self.enabled = True
+        self.best: dict[str, tuple[float, float]] = {}
+        """Lowest value of each metric and the kimg at which it was reached."""
+        self.last: dict[str, float] = {}
+        """Values of the last evaluation."""
+        self._metric: FrechetDistance | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Check profiles and the reference, and load the extractor, before training starts."""
+        self._check_profiles(find_ema(trainer))
+        if self.reference != "auto":
+            load_statistics(self.reference)
+        try:
+            self.features.load()
+        except InputError as error:
+            if self.required:
+                raise
+            self.enabled = False
+            rank_zero_info(f"No {self.features.metric} in this run: {error}")
+
+    def _check_profiles(self, ema: EMACallback) -> None:
+        for name in self.profiles or []:
+            if name != "live" and name not in ema.names:
+                raise InputError(
+                    f"fid.profiles names '{name}', but the EMA callback tracks {ema.names}."
+                )
+
+    def on_step(self, trainer: L.Trainer, pl_module: Any, before: int, after: int) -> None:
+        """Measure when it is due."""
+        interval = self.every_kimg if self.every_kimg is not None else float("inf")
+        if self.enabled and due(before, after, interval, pl_module.total_nimg):
+            self.evaluate(trainer, pl_module)
+
+    def evaluate(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
+        """Measure every profile and sampler now, log and return the values."""
+        start = time.perf_counter()
+        ema = find_ema(trainer)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        metric = self._prepare(trainer, pl_module.device)
+        values: dict[str, float] = {}
+        base = metric_name(self.features.metric, self.n)
+        for name in self.profiles or ema.names:
+            with ema.lend(pl_module.denoiser, name), evaluating(pl_module.denoiser):
+                for sampler in self.samplers:
+                    value = self._distance(trainer, metric, pl_module.denoiser, sampler, data)
+                    values[f"{base}/{name}/{sampler.name}"] = value
+        kimg = pl_module.nimg / 1000
+        for key, value in values.items():
+            if value < self.best.get(key, (float("inf"), 0.0))[0]:
+                self.best[key] = (value, kimg)
+        self.last = values
+        seconds = time.perf_counter() - start
+        log_metrics(trainer, pl_module.nimg, {**values, f"time/{base}_seconds": seconds})
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+        return values
+
+    def _prepare(self, trainer: L.Trainer, device: torch.device) -> FrechetDistance:
+        if self._metric is None:
+            from cm_lightning.evaluation.frechet import FrechetDistance
+
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            self.features.to(device)
+            metric = FrechetDistance(self.features).to(device)
+            if self.reference == "auto":
+                cache = None if getattr(trainer, "fast_dev_run", 0) else data.cache_dir
+                mu, sigma, n = reference_statistics(
+                    data.store.images,
+                    data.fingerprint,
+                    self.features,
+                    cache=cache,
+                    device=device,
+                    batch=self.batch,
+                    rank=trainer.global_rank,
+                    world=trainer.world_size,
+                )
+            else:
+                (mu, sigma), n = load_statistics(self.reference), 50_000
+            metric.prime(mu, sigma, n)
+            self._metric = metric
+        return self._metric
+
+    def _distance(
+        self,
+        trainer: L.Trainer,
+        metric: FrechetDistance,
+        denoiser: Denoiser,
+        sampler: Sampler,
+        data: Any,
+    ) -> float:
+        metric.reset()
+        index = range(trainer.global_rank, self.n, trainer.world_size)
+        labels = draw_labels(data.store.labels if data.num_classes else None, index)
+        bad = 0
+        for images in draw_images(
+            denoiser,
+            sampler,
+            index,
+            labels,
+            seed=self.seed,
+            shape=data.image_shape,
+            batch=self.batch,
+            device=next(denoiser.parameters()).device,
+        ):
+            bad += int((~images.isfinite()).flatten(1).any(1).sum())
+            metric.update(to_uint8(images.nan_to_num()), real=False)
+        if bad:
+            rank_zero_info(f"{bad} of {len(index)} samples ({sampler.name}) are not finite.")
+        return float(metric.compute())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best values so far."""
+        return {"best": {key: list(value) for key, value in self.best.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best values."""
+        self.best = {key: (value[0], value[1]) for key, value in state_dict["best"].items()}

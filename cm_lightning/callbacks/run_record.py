@@ -1,0 +1,190 @@
+"""A run directory that describes itself, and the summaries at both ends of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from cm_lightning.callbacks.checkpoints import newest_checkpoint
+from cm_lightning.callbacks.fid import FIDCallback
+from cm_lightning.callbacks.samples import SamplesCallback
+from cm_lightning.loggers import KimgWandbLogger
+from cm_lightning.version import __version__
+
+__all__ = ["RunRecordCallback", "write_text"]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+class RunRecordCallback(L.Callback):
+    """Write ``config.yaml`` and ``run.json``; print a summary at the start and at the end.
+
+    A resumed run whose config differs in something harmless (devices, workers, intervals) keeps
+    the first ``config.yaml`` and adds ``config.2.yaml`` and so on.
+
+    Args:
+        config: The resolved config as YAML text.
+        resumed_from: Checkpoint this start continues from, ``None`` for a fresh start.
+    """
+
+    def __init__(self, config: str, resumed_from: str | None = None) -> None:
+        self.config = config
+        self.resumed_from = resumed_from
+        self._started = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Write both files and say what is about to happen."""
+        self._started = time.perf_counter()
+        if trainer.is_global_zero:
+            run_dir = Path(trainer.default_root_dir)
+            self._write_config(run_dir)
+            self._write_record(run_dir, trainer, pl_module)
+            print(start_summary(trainer, pl_module, self.resumed_from), flush=True)
+
+    def _write_config(self, run_dir: Path) -> None:
+        path, number = run_dir / "config.yaml", 1
+        while path.exists():
+            if path.read_text(encoding="utf-8") == self.config:
+                return
+            number += 1
+            path = run_dir / f"config.{number}.yaml"
+        write_text(path, self.config)
+
+    def _write_record(self, run_dir: Path, trainer: L.Trainer, pl_module: Any) -> None:
+        path = run_dir / "run.json"
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"starts": []}
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        start = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "resumed_from": self.resumed_from,
+            "kimg": pl_module.nimg / 1000,
+            "versions": versions(),
+            "git": git_state(),
+            "host": platform.node(),
+            "device": device_name(pl_module.device),
+            "world_size": trainer.world_size,
+            "accumulation": trainer.accumulate_grad_batches,
+            "precision": str(trainer.precision),
+        }
+        record |= {
+            "regime": type(pl_module).__name__,
+            "parameters": sum(p.numel() for p in pl_module.denoiser.parameters()),
+            "seed": pl_module.seed,
+            "global_batch": data.global_batch,
+            "total_kimg": pl_module.total_kimg,
+            "data_fingerprint": data.fingerprint,
+        }
+        for logger in trainer.loggers:
+            if isinstance(logger, KimgWandbLogger):
+                record["wandb_id"] = logger.version
+        record["starts"].append(start)
+        write_text(path, json.dumps(record, indent=2) + "\n")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Say what came out and where it lies; add the results to ``run.json``."""
+        if trainer.is_global_zero:
+            seconds = time.perf_counter() - self._started
+            path = Path(trainer.default_root_dir) / "run.json"
+            record = json.loads(path.read_text(encoding="utf-8"))
+            record["starts"][-1]["seconds"] = round(seconds, 1)
+            record["results"] = {"kimg": pl_module.nimg / 1000, **results(trainer)}
+            write_text(path, json.dumps(record, indent=2) + "\n")
+            print(end_summary(trainer, pl_module, seconds), flush=True)
+
+
+def results(trainer: L.Trainer) -> dict[str, dict[str, Any]]:
+    """Last and best Frechet distances."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, FIDCallback):
+            best = {key: {"value": v, "kimg": kimg} for key, (v, kimg) in callback.best.items()}
+            return {"last": callback.last, "best": best}
+    return {"last": {}, "best": {}}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and what results depend on."""
+    names = ("torch", "torchvision", "lightning", "torchmetrics", "numpy")
+    found = {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version(), "cm_lightning": __version__, **found}
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the package's source tree and whether it has changes, ``None`` if not in git."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit, changes = (
+            subprocess.run(  # noqa: S603
+                ["git", *arguments],  # noqa: S607
+                cwd=here,
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=10,
+            ).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "."])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "changed": bool(changes)}
+
+
+def device_name(device: torch.device) -> str:
+    """Name of a GPU, or the number of CPU threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def start_summary(trainer: L.Trainer, pl_module: Any, resumed_from: str | None) -> str:
+    """What is trained, on what, where the results go and how long it is."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    parameters = sum(p.numel() for p in pl_module.denoiser.parameters())
+    classes = f", {data.num_classes} classes" if data.num_classes else ""
+    shape = "x".join(str(size) for size in data.image_shape)
+    steps = -(-(pl_module.total_nimg - pl_module.nimg) // data.global_batch)
+    split = f"{trainer.world_size} device(s), accumulation {trainer.accumulate_grad_batches}"
+    lines = [
+        f"{type(pl_module).__name__} with {parameters:,} parameters",
+        f"  data      {len(data.store):,} images {shape}{classes}, {data.fingerprint[:16]}",
+        f"  length    {pl_module.total_kimg:g} kimg, {steps:,} steps of {data.global_batch} images",
+        f"  device    {device_name(pl_module.device)}; {split}; precision {trainer.precision}",
+        f"  run       {trainer.default_root_dir}",
+    ]
+    if resumed_from is not None:
+        lines.append(f"  resumed   {resumed_from} at {pl_module.nimg / 1000:g} kimg")
+    return "\n".join(lines)
+
+
+def end_summary(trainer: L.Trainer, pl_module: Any, seconds: float) -> str:
+    """Best Frechet distances and the paths of pictures, metrics, config and weights."""
+    run_dir = Path(trainer.default_root_dir)
+    lines = [f"Finished at {pl_module.nimg / 1000:g} kimg after {seconds / 60:.1f} minutes."]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, FIDCallback):
+            for key, value in callback.last.items():
+                best, kimg = callback.best[key]
+                lines.append(f"  {key:<32} {value:9.4g}   best {best:.4g} at {kimg:g} kimg")
+        if isinstance(callback, SamplesCallback):
+            lines += [f"  picture    {path}" for path in callback.paths.values()]
+    lines += [f"  metrics    {run_dir / 'metrics.csv'}", f"  config     {run_dir / 'config.yaml'}"]
+    if (checkpoint := newest_checkpoint(run_dir)) is not None:
+        lines.append(f"  checkpoint {checkpoint}")
+    return "\n".join(lines)

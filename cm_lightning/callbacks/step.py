@@ -1,0 +1,83 @@
+"""What callbacks share: acting once per optimizer step on the clock in images, and logging."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+
+from cm_lightning.types import InputError
+
+__all__ = ["StepCallback", "check_interval", "due", "log_metrics"]
+
+
+def check_interval(owner: str, every_kimg: float | None) -> None:
+    """Check an interval in kimg.
+
+    Raises:
+        InputError: If it is neither positive nor ``None``.
+    """
+    if every_kimg is not None and not every_kimg > 0:
+        raise InputError(f"{owner}: every_kimg must be positive or null, got {every_kimg}.")
+
+
+def due(before: int, after: int, every_kimg: float | None, total_nimg: int) -> bool:
+    """Whether an action is due between two readings of the clock.
+
+    A pure function of the clock, so a resumed run acts at the same images as an uninterrupted one.
+
+    Args:
+        before: Images seen before the optimizer step.
+        after: Images seen after it.
+        every_kimg: Interval in thousands of images; ``None`` for never.
+        total_nimg: Length of the run in images, where the action is always due.
+    """
+    if every_kimg is None:
+        return False
+    interval = 1000 * every_kimg
+    return after >= total_nimg or int(after // interval) > int(before // interval)
+
+
+def log_metrics(trainer: L.Trainer, nimg: int, metrics: Mapping[str, float]) -> None:
+    """Send numbers to every logger with ``kimg`` as their x-axis (rank 0 only)."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.log_metrics({"kimg": nimg / 1000, **metrics}, step=trainer.global_step)
+
+
+class StepCallback(L.Callback):
+    """A callback that acts once per optimizer step, however many micro-batches that takes."""
+
+    _seen = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Read the clock; the module is on its device and any checkpoint has been applied."""
+        self._seen = pl_module.nimg
+        self.on_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Call :meth:`on_micro_batch` and, when the clock advanced, :meth:`on_step`."""
+        self.on_micro_batch(trainer, pl_module, outputs)
+        before, after = self._seen, pl_module.nimg
+        if after > before:
+            self._seen = after
+            self.on_step(trainer, pl_module, before, after)
+
+    def on_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Act before the first step."""
+
+    def on_micro_batch(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
+        """Act after each micro-batch."""
+
+    def on_step(self, trainer: L.Trainer, pl_module: Any, before: int, after: int) -> None:
+        """Act after each optimizer step.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+            before: Images seen before the step.
+            after: Images seen after it.
+        """

@@ -1,0 +1,305 @@
+"""``cm-fit``: train a regime from one YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LightningCLI
+
+import cm_lightning.networks  # noqa: F401  (short class names resolve to imported classes)
+from cm_lightning.callbacks import (
+    CheckpointCallback,
+    DiagnosticsCallback,
+    EMACallback,
+    FIDCallback,
+    KimgProgress,
+    RunRecordCallback,
+    SamplesCallback,
+)
+from cm_lightning.cli.errors import Parser, fail, readable_errors
+from cm_lightning.cli.help import fit_help
+from cm_lightning.cli.keys import check_keys
+from cm_lightning.cli.run_dir import RunPlan, plan_run
+from cm_lightning.data import ImageDataModule
+from cm_lightning.ema import ConstantEMA
+from cm_lightning.loggers import MetricsCSV, WandbOptions, wandb_logger
+from cm_lightning.regimes import ConsistencyModule, TrainingStopped
+from cm_lightning.sampling import DEFAULT_SAMPLERS
+from cm_lightning.types import InputError
+from cm_lightning.weights import check_weights, read_checkpoint, save_weights
+
+__all__ = ["FitCLI", "main"]
+
+COMMAND = "cm-fit"
+
+GROUPS: dict[str, type] = {
+    "model": ConsistencyModule,
+    "data": ImageDataModule,
+    "trainer": L.Trainer,
+    "ema": EMACallback,
+    "fid": FIDCallback,
+    "samples": SamplesCallback,
+    "diagnostics": DiagnosticsCallback,
+    "checkpoints": CheckpointCallback,
+    "wandb": WandbOptions,
+}
+SCALARS = ["config", "run_dir", "resume", "check", "seed_everything", "print_config", "help"]
+
+
+class FitCLI(LightningCLI):
+    """The parser, and from it the module, the data, the callbacks and the trainer."""
+
+    plan: RunPlan
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            ConsistencyModule,
+            ImageDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={
+                "max_epochs": -1,
+                "use_distributed_sampler": False,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
+            parser_class=Parser,
+            parser_kwargs={"prog": COMMAND, "allow_abbrev": False},
+            subclass_mode_model=True,
+            args=args,
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """Add the run's own keys and the callbacks every run has."""
+        parser.add_argument("--run_dir", type=str | None, default=None, help="where the run lives")
+        parser.add_argument("--resume", type=str, default="auto", help="auto, never or a .ckpt")
+        parser.add_argument("--check", type=bool, default=False, nargs="?", const=True, help="test")
+        parser.add_lightning_class_args(EMACallback, "ema")
+        parser.add_lightning_class_args(FIDCallback, "fid")
+        parser.add_lightning_class_args(SamplesCallback, "samples")
+        parser.add_lightning_class_args(DiagnosticsCallback, "diagnostics")
+        parser.add_lightning_class_args(CheckpointCallback, "checkpoints")
+        parser.add_class_arguments(WandbOptions, "wandb")
+        samplers = [as_config(sampler) for sampler in DEFAULT_SAMPLERS]
+        parser.set_defaults(
+            {
+                "ema.profiles": [as_config(ConstantEMA())],
+                "fid.features": {"class_path": "cm_lightning.evaluation.Inception"},
+                "fid.samplers": samplers,
+                "samples.samplers": samplers,
+            }
+        )
+        parser.link_arguments("seed_everything", "model.init_args.seed")
+        parser.link_arguments("seed_everything", "data.seed")
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse, and check the seed before it is used."""
+        super().parse_arguments(parser, args)
+        seed = self.config["seed_everything"]
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything must be a number from 0 to 2^32 - 1, got {seed}.")
+
+    def before_instantiate_classes(self) -> None:
+        """Decide where the run lives and what it continues from; nothing is written yet."""
+        text = self.parser.dump(self.config, skip_none=False)
+        self.plan = plan_run(self.config, text)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Build the trainer with the run's loggers, progress bar and directory."""
+        run_dir = self.plan.run_dir
+        kwargs["default_root_dir"] = str(run_dir)
+        kwargs["callbacks"] = list(self.config_init["trainer"]["callbacks"] or [])
+        if self.config["check"]:
+            kwargs |= {"logger": False, "max_steps": 1, "enable_progress_bar": False}
+        else:
+            wandb = wandb_logger(self.config_init["wandb"], run_dir, self.plan.wandb_id)
+            kwargs["logger"] = [MetricsCSV(run_dir), *([] if wandb is None else [wandb])]
+            resumed = None if self.plan.checkpoint is None else str(self.plan.checkpoint)
+            record = RunRecordCallback(self.plan.config_text, resumed)
+            kwargs["callbacks"] += [record, KimgProgress()]
+        return super().instantiate_trainer(**kwargs)
+
+
+def as_config(leaf: Any) -> dict[str, Any]:
+    """A frozen dataclass as ``class_path`` and ``init_args``, so that configs show it."""
+    path = f"{type(leaf).__module__}.{type(leaf).__name__}"
+    values = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(leaf).items()
+    }
+    return {"class_path": path, "init_args": values}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``cm-fit``."""
+    argv = sys.argv[1:] if args is None else args
+    if not argv or argv in (["-h"], ["--help"]):
+        print(fit_help())
+        return
+    quiet()
+    with readable_errors(COMMAND):
+        if "--help_all" in argv:
+            sys.argv[1:] = ["--help"]
+        else:
+            check_keys(argv, GROUPS, SCALARS)
+        cli = FitCLI(args)
+        if cli.config["check"]:
+            check(cli)
+        else:
+            fit(cli)
+
+
+def quiet() -> None:
+    """Silence warnings and notices that tell our users nothing they can act on."""
+    import logging
+
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*`IterableDataset` has `__len__` defined.*",
+        ".*No negative numbers.*",
+        ".*does not support `log_every_n_steps`.*",
+        ".*LeafSpec.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*no `val_dataloader`.*",
+        ".*defined a `validation_step`.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+        ".*lightning_module.*could not find the monitored key.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.accelerators.cuda",
+        "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    ):
+        logging.getLogger(name).addFilter(_is_ours)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+
+
+def _is_ours(record: Any) -> bool:
+    noise = (
+        "GPU available",
+        "TPU available",
+        "HPU available",
+        "`Trainer.fit` stopped",
+        "💡 Tip",
+        "`weights_only` was not set",
+        "Restor",
+    )
+    return not str(record.getMessage()).startswith(noise)
+
+
+def fit(cli: FitCLI) -> None:
+    """Train, then write the portable weights of every EMA profile."""
+    plan, trainer, module = cli.plan, cli.trainer, cli.model
+    checkpoint = prepare_resume(cli)
+    if checkpoint is not None and checkpoint["cm_lightning"]["nimg"] >= module.total_nimg:
+        print(
+            f"{plan.run_dir} is complete: {plan.checkpoint} is at "
+            f"{checkpoint['cm_lightning']['nimg'] / 1000:g} of {module.total_kimg:g} kimg."
+        )
+        return
+    try:
+        trainer.fit(module, cli.datamodule, ckpt_path=plan.checkpoint, weights_only=True)
+    except TrainingStopped as error:
+        fail(COMMAND, str(error), code=1)
+    if trainer.interrupted:
+        fail(COMMAND, "interrupted; the checkpoints written before are kept.", code=130)
+    if trainer.is_global_zero:
+        export(cli)
+
+
+def prepare_resume(cli: FitCLI) -> dict[str, Any] | None:
+    """Check the checkpoint against the config, say which one it is, trim later log rows."""
+    path = cli.plan.checkpoint
+    if path is None:
+        return None
+    checkpoint = read_checkpoint(path)
+    check_weights(cli.model.state_dict(), checkpoint["state_dict"], str(path))
+    nimg = checkpoint["cm_lightning"]["nimg"]
+    if cli.trainer.is_global_zero:
+        print(f"Resuming from {path} at {nimg / 1000:g} kimg.")
+        for logger in cli.trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.resume_at(nimg)
+    return checkpoint
+
+
+def export(cli: FitCLI) -> None:
+    """Write ``<run>/weights/<profile>/`` for every EMA profile."""
+    import json
+
+    ema = next(c for c in cli.trainer.callbacks if isinstance(c, EMACallback))  # type: ignore[attr-defined]
+    model = json.loads(cli.parser.dump(cli.config, format="json"))["model"]
+    for name in ema.names:
+        weights = dict(cli.model.denoiser.state_dict()) | ema.averages[name]
+        info = {
+            "regime": type(cli.model).__name__,
+            "ema": name,
+            "kimg": cli.model.nimg / 1000,
+            "data_fingerprint": cli.datamodule.fingerprint,
+        }
+        folder = cli.plan.run_dir / "weights" / name
+        save_weights(folder, model["init_args"]["denoiser"], weights, info)
+        print(f"  weights    {folder}")
+
+
+def check(cli: FitCLI) -> None:
+    """Build everything, train one step, evaluate a few images, write nothing, report."""
+    module, data, trainer = cli.model, cli.datamodule, cli.trainer
+    fid = next(c for c in trainer.callbacks if isinstance(c, FIDCallback))  # type: ignore[attr-defined]
+    fid.n, fid.every_kimg = min(fid.n, 16), None
+    fid.samplers = fid.samplers[:1]
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        data.use_temporary_cache(Path(folder))
+        trainer.fit(module, data)
+        seconds = time.perf_counter() - started
+        values = fid.evaluate(trainer, module) if fid.enabled else {}
+    print(check_report(cli, seconds, values))
+
+
+def check_report(cli: FitCLI, seconds: float, values: dict[str, float]) -> str:
+    """What a run of this config would need.
+
+    Args:
+        cli: The built run, after one step.
+        seconds: Time of set-up and the first step.
+        values: Frechet distances of the tiny evaluation.
+    """
+    from cm_lightning.callbacks.diagnostics import peak_memory
+
+    module, data = cli.model, cli.datamodule
+    parameters = sum(p.numel() for p in module.denoiser.parameters())
+    profiles = len(next(c for c in cli.trainer.callbacks if isinstance(c, EMACallback)).names)  # type: ignore[attr-defined]
+    fixed = parameters * 4 * (4 + profiles) / 2**30
+    steps = -(-module.total_nimg // data.global_batch)
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items()) or "switched off"
+    return "\n".join(
+        [
+            f"{type(module).__name__}: everything was built and one step was trained.",
+            f"  parameters  {parameters:,}",
+            f"  memory      {fixed:.2f} GB for weights, gradients, optimizer and {profiles} EMA; "
+            f"peak {peak_memory(module.device) / 2**30:.2f} GB in this step",
+            f"  data        {len(data.store):,} images {data.image_shape}, "
+            f"{data.num_classes} classes",
+            f"  length      {module.total_kimg:g} kimg, {steps:,} steps of {data.global_batch}",
+            f"  evaluation  {shown} (16 images: a test, not a measurement)",
+            f"  time        {seconds:.1f} s for set-up and the first step",
+            "  Nothing was written.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

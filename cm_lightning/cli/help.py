@@ -1,0 +1,74 @@
+"""Help on one screen; the thousand-line version stays one option away."""
+
+from __future__ import annotations
+
+import inspect
+
+__all__ = ["fit_help"]
+
+_TEXT = """\
+usage: cm-fit --config FILE [--config FILE ...] [--KEY VALUE ...]
+
+Train a consistency model. A YAML file says which regime, network and data; later files and options
+override earlier ones.
+
+  cm-fit --config configs/ect_digits.yaml
+  cm-fit --config configs/ect_digits.yaml --model.total_kimg 100 --run_dir runs/short
+
+run
+  --config FILE       YAML file; may be given several times
+  --run_dir DIR       where everything is written [runs/<name of the first config>]
+  --resume HOW        auto: continue the run directory if it has a checkpoint [auto]
+                      never: refuse a directory that already holds a run
+                      FILE: continue from this checkpoint
+  --check             build everything, train one step, evaluate a few images, write nothing,
+                      and say what the run would need
+  --print_config      print the resolved config and stop
+  --seed_everything N seed of weights, noise and data order [0]
+
+what is trained (defaults: the paper's)
+  --model CLASS       {regimes}
+  --model.total_kimg N              length in thousands of images
+  --model.denoiser CLASS            network; --model.denoiser.backbone ... for its parts
+  --model.optimizer CLASS           torch.optim.RAdam, ...; --model.optimizer.lr RATE
+  --model.learning_rate.KEY VALUE   ramp_kimg, decay_kimg, cooldown_kimg
+  --model.discretization | coupling | distance | weighting CLASS    the parts of the objective
+
+on which data
+  --data.source CLASS           Digits, IDX, ...
+  --data.global_batch N         images per step over all devices and accumulation
+  --data.micro_batch N          largest batch per device; accumulation follows
+  --data.resolution N, --data.resize pad|resize, --data.flip BOOL, --data.conditional BOOL
+
+evaluation and records (every interval is in thousands of images, null switches off)
+  --ema.profiles ...            ConstantEMA, HalfLifeEMA, PowerEMA; several at once
+  --fid.features CLASS          Inception, Timm, DigitsFeatures; --fid.n, --fid.every_kimg
+  --samples.every_kimg N        grids of samples from fixed noise
+  --diagnostics.every_kimg N    rows of metrics.csv
+  --checkpoints.every_kimg N, --checkpoints.keep N
+  --wandb.project NAME          log to Weights & Biases too (offline without a key)
+
+machine
+  --trainer.accelerator cpu|gpu, --trainer.devices N, --trainer.precision bf16-mixed, ...
+
+All keys:             cm-fit --help_all
+Keys of one class:    cm-fit --model.help ECT      cm-fit --data.source.help IDX
+"""
+
+
+def fit_help() -> str:
+    """Help text of ``cm-fit``, with the regimes and their first lines."""
+    from cm_lightning import regimes
+    from cm_lightning.regimes import ConsistencyModule
+
+    lines = []
+    for name in regimes.__all__:
+        cls = getattr(regimes, name)
+        if (
+            isinstance(cls, type)
+            and issubclass(cls, ConsistencyModule)
+            and cls is not ConsistencyModule
+        ):
+            first = (inspect.getdoc(cls) or "").splitlines()[0]
+            lines.append(f"{name:<10} {first}")
+    return _TEXT.replace("{regimes}", ("\n" + " " * 22).join(lines))

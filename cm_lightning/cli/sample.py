@@ -1,0 +1,176 @@
+"""``cm-sample``: draw images from a run directory or a weights folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from cm_lightning.cli.errors import fail, readable_errors
+from cm_lightning.evaluation import image_grid, save_npz, save_png, to_uint8
+from cm_lightning.sampling import HeunSampler, MultistepSampler, Sampler, draw_images
+from cm_lightning.types import Denoiser, InputError
+from cm_lightning.weights import load_weights
+
+__all__ = ["main"]
+
+COMMAND = "cm-sample"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        fail(COMMAND, message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = _Parser(
+        prog=COMMAND,
+        allow_abbrev=False,
+        description="Draw images from a trained model. Without --grid or --npz every image "
+        "becomes a PNG file. Image i depends on the seed, the sigmas and its label alone.",
+    )
+    add = parser.add_argument
+    add("source", help="run directory, .ckpt file of a run, or weights folder")
+    add(
+        "--sigmas",
+        type=float,
+        nargs="+",
+        help="decreasing noise levels, one network call each [80]",
+    )
+    add("--heun", type=int, metavar="STEPS", help="EDM's sampler instead, for diffusion models")
+    add("--n", type=int, default=64, help="number of images [64]")
+    add("--seed", type=int, default=0, help="seed of the noise [0]")
+    add("--out", required=True, help="folder for the images; existing files are never replaced")
+    add("--labels", type=int, nargs="+", help="classes, repeated as needed [0 1 2 ...]")
+    add("--ema", help="EMA profile of a run, or live [the run's first profile]")
+    add("--grid", action="store_true", help="write one picture, grid.png")
+    add("--npz", action="store_true", help="write samples.npz (arr_0: uint8, N x H x W x C)")
+    add("--batch", type=int, default=64, help="images per network call [64]")
+    add("--device", help="cpu, cuda, cuda:1, ... [cuda if there is one]")
+    return parser
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``cm-sample``."""
+    options = build_parser().parse_args(args)
+    with readable_errors(COMMAND):
+        run(options)
+
+
+def choose_sampler(sigmas: list[float] | None, steps: int | None) -> Sampler:
+    """The sampler the options ask for.
+
+    Raises:
+        InputError: If both are given, or the levels do not decrease.
+    """
+    if steps is not None:
+        if sigmas is not None:
+            raise InputError("--sigmas and --heun exclude each other.")
+        return HeunSampler(steps)
+    return MultistepSampler(tuple(sigmas or (80.0,)))
+
+
+def choose_labels(given: list[int] | None, classes: int, n: int) -> torch.Tensor | None:
+    """One label per image, repeating those given.
+
+    Raises:
+        InputError: If the model has no classes, or a label is out of range.
+    """
+    if not classes:
+        if given:
+            raise InputError("--labels was given, but the model is unconditional.")
+        return None
+    for label in given or []:
+        if not 0 <= label < classes:
+            raise InputError(f"--labels must lie in 0..{classes - 1}, got {label}.")
+    choice = torch.tensor(given if given else range(classes))
+    return choice[torch.arange(n) % len(choice)]
+
+
+def check_out(out: Path, names: list[str]) -> None:
+    """Refuse to replace files.
+
+    Raises:
+        InputError: If one of the files exists.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file, not a folder.")
+    for name in names:
+        if (out / name).exists():
+            raise InputError(f"{out / name} exists already: choose another --out.")
+
+
+def image_shape(denoiser: Denoiser) -> tuple[int, int, int]:
+    """Shape of the model's images.
+
+    Raises:
+        InputError: If the model does not say.
+    """
+    if denoiser.image_shape is None:
+        raise InputError("The network does not say which image shape it makes.")
+    return denoiser.image_shape
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device to run on.
+
+    Raises:
+        InputError: If it does not exist.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used on this machine.") from error
+
+
+def run(options: argparse.Namespace) -> None:
+    """Check everything, then draw and write."""
+    if options.n < 1 or options.batch < 1:
+        raise InputError(f"--n and --batch must be 1 or more, got {options.n}, {options.batch}.")
+    if options.seed < 0:
+        raise InputError(f"--seed must be 0 or more, got {options.seed}.")
+    sampler = choose_sampler(options.sigmas, options.heun)
+    device = choose_device(options.device)
+    denoiser, info = load_weights(options.source, options.ema)
+    labels = choose_labels(options.labels, denoiser.num_classes, options.n)
+    out = Path(options.out)
+    single = [f"{i:06d}.png" for i in range(options.n)]
+    pictures = [] if options.grid or options.npz else single
+    grid = ["grid.png"] if options.grid else []
+    npz = ["samples.npz"] if options.npz else []
+    check_out(out, pictures + grid + npz)
+
+    denoiser.to(device)
+    batches = draw_images(
+        denoiser,
+        sampler,
+        range(options.n),
+        labels,
+        seed=options.seed,
+        shape=image_shape(denoiser),
+        batch=options.batch,
+        device=device,
+    )
+    images = torch.cat([to_uint8(batch).cpu() for batch in batches])
+    for name, image in zip(pictures, images, strict=False):
+        save_png(out / name, image.permute(1, 2, 0).numpy())
+    if grid:
+        columns = len(options.labels or range(denoiser.num_classes)) or None
+        save_png(out / "grid.png", image_grid(images, columns=columns))
+    if npz:
+        save_npz(out / "samples.npz", images, labels)
+    written = [*grid, *npz] or [f"{len(pictures)} PNG files"]
+    print(
+        f"{options.n} images ({info['regime']}, {info['ema']}, {info['kimg']:g} kimg, "
+        f"{sampler.nfe} network calls each): {', '.join(written)} in {out}"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

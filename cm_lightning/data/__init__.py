@@ -1,0 +1,24 @@
+"""Data: sources, the memory-mapped store, the order of images, and the LightningDataModule."""
+
+from cm_lightning.data.module import BatchPlan, ImageDataModule, RawBatch
+from cm_lightning.data.readers import IDX, Digits, Source, read_idx
+from cm_lightning.data.sampler import Order, Rows, StepSampler
+from cm_lightning.data.store import ImageStore, Resize, default_cache, to_float, write_store
+
+__all__ = [
+    "IDX",
+    "BatchPlan",
+    "Digits",
+    "ImageDataModule",
+    "ImageStore",
+    "Order",
+    "RawBatch",
+    "Resize",
+    "Rows",
+    "Source",
+    "StepSampler",
+    "default_cache",
+    "read_idx",
+    "to_float",
+    "write_store",
+]

@@ -1,0 +1,254 @@
+"""The one LightningDataModule: a source, its store, and batches addressed by images seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cm_lightning.data.readers import Source
+from cm_lightning.data.sampler import Rows, StepSampler
+from cm_lightning.data.store import (
+    ImageStore,
+    Resize,
+    default_cache,
+    store_path,
+    to_float,
+    write_store,
+)
+from cm_lightning.types import Batch, InputError
+
+__all__ = ["BatchPlan", "ImageDataModule", "RawBatch"]
+
+
+class RawBatch(NamedTuple):
+    """A batch as the loader delivers it.
+
+    Attributes:
+        images: ``(B, C, H, W)`` uint8, or ``None`` if the images are resident on the device.
+        labels: ``(B,)`` int64 or ``None``.
+        index: Positions in the store, ``(B,)``.
+        flip: Whether to mirror each image, ``(B,)`` bool.
+    """
+
+    images: Tensor | None
+    labels: Tensor | None
+    index: Tensor  # type: ignore[assignment]
+    flip: Tensor
+
+
+class BatchPlan(NamedTuple):
+    """How a global batch is split.
+
+    Attributes:
+        global_batch: Images per optimizer step.
+        world: Number of devices.
+        micro_batch: Images per device and forward pass.
+        accumulation: Forward passes per device and optimizer step.
+    """
+
+    global_batch: int
+    world: int
+    micro_batch: int
+    accumulation: int
+
+
+class _StoreDataset(Dataset[RawBatch]):
+    """Whole micro-batches of a store, by :class:`Rows`."""
+
+    def __init__(self, store: ImageStore, labels: bool, images: bool) -> None:
+        self.store, self.labels, self.images = store, labels, images
+
+    def __getitem__(self, rows: Rows) -> RawBatch:  # type: ignore[override]
+        index, flip = torch.from_numpy(rows.index), torch.from_numpy(rows.flip)
+        labels = None
+        if self.labels:
+            assert self.store.labels is not None
+            labels = torch.from_numpy(self.store.labels[rows.index])
+        images = self.store[rows.index][0] if self.images else None
+        return RawBatch(images, labels, index, flip)
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Images from any source, as batches in [-1, 1] on the training device.
+
+    The source is converted once into a memory-mapped uint8 store in the cache; afterwards it is
+    opened at once. The order of images is a function of (seed, images seen), flips happen on the
+    device, and there is no validation loader: evaluation compares with the store itself.
+
+    Args:
+        source: Where the images come from.
+        global_batch: Images per optimizer step, over all devices and accumulation.
+        micro_batch: Largest batch per device and forward pass; accumulation follows. ``None``:
+            the global batch is split over the devices and not accumulated.
+        resolution: Height and width of the images, ``None`` to keep them.
+        resize: ``"pad"`` or ``"resize"``.
+        conditional: Whether batches carry labels.
+        flip: Mirror half of the images.
+        num_workers: Processes that read ahead; 0 reads in the training process.
+        resident: Keep all images in the memory of the training device.
+        cache: Folder of the store, by default ``$CM_HOME`` or ``~/.cache/cm_lightning``.
+        seed: Seed of order and flips, >= 0.
+
+    Raises:
+        InputError: If an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        global_batch: int = 128,
+        micro_batch: int | None = None,
+        resolution: int | None = None,
+        resize: Literal["pad", "resize"] = "pad",
+        conditional: bool = True,
+        flip: bool = False,
+        num_workers: int = 0,
+        resident: bool = False,
+        cache: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("global_batch", global_batch, 1),
+            ("micro_batch", 1 if micro_batch is None else micro_batch, 1),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise InputError(f"data.{name} must be {least} or more, got {value}.")
+        self.source = source
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.transform = Resize(resolution, resize)
+        self.conditional = conditional
+        self.flip = flip
+        self.num_workers = num_workers
+        self.resident = resident
+        self.cache_dir = default_cache() if cache is None else Path(cache).expanduser()
+        self.seed = seed
+        self._store: ImageStore | None = None
+        self._resident: Tensor | None = None
+
+    def plan(self, world: int) -> BatchPlan:
+        """Split the global batch over ``world`` devices.
+
+        Raises:
+            InputError: If it does not divide.
+        """
+        share, rest = divmod(self.global_batch, world)
+        if rest or not share:
+            raise InputError(
+                f"data.global_batch {self.global_batch} is not divisible by {world} devices."
+            )
+        micro = share if self.micro_batch is None else min(self.micro_batch, share)
+        if share % micro:
+            fitting = [m for m in range(1, micro + 1) if share % m == 0][-3:]
+            raise InputError(
+                f"data.micro_batch {micro} does not divide the {share} images per device "
+                f"(global_batch {self.global_batch} / {world}): use {' or '.join(map(str, fitting))}."
+            )
+        return BatchPlan(self.global_batch, world, micro, share // micro)
+
+    @property
+    def store(self) -> ImageStore:
+        """The opened store (after ``setup``)."""
+        assert self._store is not None, "setup() has not run"
+        return self._store
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of the images."""
+        return self.store.image_shape
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, 0 if batches carry no labels."""
+        return self.store.num_classes if self.conditional else 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the store."""
+        return self.store.fingerprint
+
+    def prepare_data(self) -> None:
+        """Convert the source into its store unless that was done before (one process per node).
+
+        Raises:
+            InputError: If the source cannot be read; nothing is written then.
+        """
+        identity = self.source.identity()
+        path = store_path(self.cache_dir, self.source.name, identity, self.transform)
+        if not path.is_dir():
+            images, labels = self.source.read()
+            write_store(path, images, labels, source=identity, transform=self.transform)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the store and split the batch.
+
+        Raises:
+            InputError: If labels are wanted but missing, or the batch does not divide.
+        """
+        identity = self.source.identity()
+        self._store = ImageStore(
+            store_path(self.cache_dir, self.source.name, identity, self.transform)
+        )
+        if self.conditional and not self._store.num_classes:
+            raise InputError(
+                f"data.conditional is true, but {self.source.name} has no labels: set it to false."
+            )
+        if self.trainer is not None:
+            plan = self.plan(self.trainer.world_size)
+            given = self.trainer.accumulate_grad_batches
+            if given not in (1, plan.accumulation):
+                raise InputError(
+                    f"trainer.accumulate_grad_batches is {given}: leave it out and set "
+                    "data.micro_batch; accumulation follows from data.global_batch."
+                )
+            self.trainer.accumulate_grad_batches = plan.accumulation
+
+    def train_dataloader(self) -> DataLoader[RawBatch]:
+        """Endless micro-batches of this rank, starting at the module's count of images."""
+        assert self.trainer is not None
+        plan = self.plan(self.trainer.world_size)
+        sampler = StepSampler(
+            len(self.store),
+            self.seed,
+            plan.global_batch,
+            plan.micro_batch,
+            rank=self.trainer.global_rank,
+            world=plan.world,
+            start_nimg=getattr(self.trainer.lightning_module, "nimg", 0),
+        )
+        device = self.trainer.strategy.root_device
+        if self.resident and self._resident is None:
+            self._resident = torch.from_numpy(self.store.images[:]).to(device)
+        return DataLoader(
+            _StoreDataset(self.store, bool(self.num_classes), images=not self.resident),
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=device.type == "cuda",
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        """Turn grey levels into [-1, 1] and mirror, on the device."""
+        images = batch.images
+        if images is None:
+            assert self._resident is not None
+            images = self._resident[batch.index]
+        x0 = to_float(images)
+        if self.flip:
+            x0 = torch.where(batch.flip[:, None, None, None], x0.flip(-1), x0)
+        return Batch(x0, batch.labels, batch.index)
+
+    def use_temporary_cache(self, folder: Path) -> None:
+        """Write nothing outside ``folder``: read the store if it exists, else make it there."""
+        path = store_path(self.cache_dir, self.source.name, self.source.identity(), self.transform)
+        if not path.is_dir():
+            self.cache_dir = folder

@@ -1,0 +1,30 @@
+"""Frechet distances of generated images, and pictures of them."""
+
+from __future__ import annotations
+
+from cm_lightning.evaluation.digits import DigitsFeatures
+from cm_lightning.evaluation.features import FeatureExtractor, Inception, Timm
+from cm_lightning.evaluation.images import (
+    count_nonfinite,
+    image_grid,
+    save_npz,
+    save_png,
+    to_uint8,
+)
+from cm_lightning.evaluation.reference import Statistics, load_statistics, reference_statistics
+
+# FrechetDistance stays in cm_lightning.evaluation.frechet: importing it imports torchmetrics.
+__all__ = [
+    "DigitsFeatures",
+    "FeatureExtractor",
+    "Inception",
+    "Statistics",
+    "Timm",
+    "count_nonfinite",
+    "image_grid",
+    "load_statistics",
+    "reference_statistics",
+    "save_npz",
+    "save_png",
+    "to_uint8",
+]

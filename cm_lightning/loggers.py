@@ -1,0 +1,182 @@
+"""Where numbers go: a CSV file always, Weights & Biases on request."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+__all__ = ["KimgWandbLogger", "MetricsCSV", "WandbOptions", "wandb_logger"]
+
+
+class MetricsCSV(Logger):
+    """One ``metrics.csv`` per run directory, also across restarts.
+
+    Lightning's own CSV logger deletes the earlier rows when a run is resumed. Each row holds the
+    numbers logged together; the first two columns are ``kimg`` and ``step``. A resumed run drops
+    the rows after the checkpoint it continues from, so no row is missing or doubled.
+
+    Args:
+        run_dir: Directory of the run.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__()
+        self.path = Path(run_dir) / "metrics.csv"
+        self._columns: list[str] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the run directory."""
+        return self.path.parent.name
+
+    @property
+    def version(self) -> str:
+        """Empty: there is one file per run."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the run directory holds the config."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append a row; new columns are added at the right."""
+        row = {"kimg": f"{metrics['kimg']:g}", "step": str(step)}
+        row |= {key: f"{value:.8g}" for key, value in metrics.items() if key != "kimg"}
+        if self._columns is None:
+            self._columns = self._read()[0]
+        new = [key for key in row if key not in self._columns]
+        if new:
+            rows = self._read()[1]
+            self._columns += new
+            self._write([*rows, row])
+            return
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self._columns, restval="").writerow(row)
+
+    @rank_zero_only
+    def resume_at(self, nimg: int) -> None:
+        """Drop the rows logged after ``nimg`` images."""
+        self._columns, rows = self._read()
+        kept = [row for row in rows if float(row["kimg"]) <= nimg / 1000]
+        if len(kept) < len(rows):
+            self._write(kept)
+
+    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
+        if not self.path.exists():
+            return [], []
+        with self.path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+            return list(reader.fieldnames or []), rows
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns or [], restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(".metrics.csv.partial")
+        partial.write_text(text.getvalue(), encoding="utf-8", newline="")
+        os.replace(partial, self.path)
+
+
+@dataclass(frozen=True)
+class WandbOptions:
+    """Logging to Weights & Biases; off unless a project is named.
+
+    Without an API key it works offline, says so in one line and never asks.
+
+    Args:
+        project: Project name, ``None`` for no logging to W&B.
+        entity: User or team.
+        name: Display name, by default the name of the run directory.
+        tags: Tags.
+    """
+
+    project: str | None = None
+    entity: str | None = None
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B could log in without asking."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import wandb
+
+    try:
+        return bool(wandb.api.api_key)
+    except Exception:  # whatever is wrong with the login, offline is the answer
+        return False
+
+
+class KimgWandbLogger(WandbLogger):
+    """Lightning's W&B logger with kimg as the x-axis of every chart, pictures and histograms."""
+
+    @property
+    def experiment(self) -> Any:
+        """The W&B run, started at the first use."""
+        first = self._experiment is None
+        run = super().experiment
+        if first and hasattr(run, "define_metric"):
+            run.define_metric("kimg")
+            run.define_metric("*", step_metric="kimg")
+        return run
+
+    @rank_zero_only
+    def log_picture(self, key: str, picture: np.ndarray, nimg: int) -> None:
+        """Log one uint8 picture ``(H, W, C)``."""
+        import wandb
+
+        image = wandb.Image(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+        self.experiment.log({key: image, "kimg": nimg / 1000})
+
+    @rank_zero_only
+    def log_histogram(
+        self, key: str, counts: Sequence[float], edges: Sequence[float], nimg: int
+    ) -> None:
+        """Log a histogram of ``len(edges) - 1`` counts."""
+        import wandb
+
+        histogram = wandb.Histogram(np_histogram=(list(counts), list(edges)))
+        self.experiment.log({key: histogram, "kimg": nimg / 1000})
+
+
+def wandb_logger(
+    options: WandbOptions, run_dir: Path, run_id: str | None
+) -> KimgWandbLogger | None:
+    """A W&B logger, or ``None`` if it is off.
+
+    Args:
+        options: The user's options.
+        run_dir: Directory of the run; W&B's files go below it.
+        run_id: Identity of the W&B run to continue, ``None`` for a new one.
+    """
+    if options.project is None:
+        return None
+    offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun")
+    if "WANDB_MODE" not in os.environ and not has_wandb_key():
+        rank_zero_info("W&B: no API key found, logging offline; `wandb sync` sends the run later.")
+        offline = True
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return KimgWandbLogger(
+        project=options.project,
+        entity=options.entity,
+        name=options.name or run_dir.name,
+        tags=list(options.tags),
+        save_dir=str(run_dir),
+        id=run_id,
+        resume="allow",
+        offline=offline,
+    )

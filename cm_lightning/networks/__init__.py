@@ -1,0 +1,6 @@
+"""Networks: backbones F under a preconditioning that makes them denoisers."""
+
+from cm_lightning.networks.preconditioning import EDMPrecond, edm_coefficients
+from cm_lightning.networks.songunet import SongUNet
+
+__all__ = ["EDMPrecond", "SongUNet", "edm_coefficients"]

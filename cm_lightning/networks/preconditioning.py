@@ -1,0 +1,99 @@
+"""Preconditioning: from a raw network F to a denoiser D."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cm_lightning.types import Denoiser, InputError, expand
+
+__all__ = ["EDMPrecond", "edm_coefficients"]
+
+
+def edm_coefficients(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""EDM's coefficients (arXiv:2206.00364, Table 1).
+
+    .. math:: c_\text{skip} = \frac{\sigma_d^2}{\sigma^2 + \sigma_d^2}, \quad
+              c_\text{out} = \frac{\sigma \sigma_d}{\sqrt{\sigma^2 + \sigma_d^2}}, \quad
+              c_\text{in} = \frac{1}{\sqrt{\sigma^2 + \sigma_d^2}}, \quad
+              c_\text{noise} = \tfrac14 \ln \sigma
+
+    Args:
+        sigma: Noise levels > 0, any shape.
+        sigma_data: Standard deviation of the data.
+
+    Returns:
+        ``(c_skip, c_out, c_in, c_noise)``, each with the shape of ``sigma``.
+    """
+    variance = sigma.square() + sigma_data**2
+    root = variance.sqrt()
+    return sigma_data**2 / variance, sigma * sigma_data / root, 1 / root, sigma.log() / 4
+
+
+class EDMPrecond(Denoiser):
+    r"""Denoiser with EDM's preconditioning (Karras et al. 2022, arXiv:2206.00364, Eq. 7).
+
+    .. math:: D(x, \sigma) = c_\text{skip} x + c_\text{out} F(c_\text{in} x, c_\text{noise})
+
+    so that D(x, 0) = x: the same form serves diffusion models and ECT. Coefficients are computed
+    in fp32 (float64 for float64 images) whatever the precision inside F. The backbone is stored
+    as ``model``, the name in public checkpoints.
+
+    Args:
+        backbone: Raw network F(x, c_noise, class labels).
+        sigma_data: Standard deviation of the data, > 0.
+
+    Raises:
+        InputError: If ``sigma_data`` is not positive.
+    """
+
+    def __init__(self, backbone: nn.Module, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        if not sigma_data > 0:
+            raise InputError(f"EDMPrecond: sigma_data must be positive, got {sigma_data}.")
+        self.model = backbone
+        self.sigma_data = sigma_data
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The raw network F."""
+        return self.model
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """Shape ``(C, H, W)`` the backbone was built for."""
+        size = getattr(self.model, "img_resolution", None)
+        return None if size is None else (int(self.model.in_channels), int(size), int(size))  # type: ignore[arg-type]
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the backbone, 0 if unconditional."""
+        return int(getattr(self.model, "label_dim", 0))
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Denoise.
+
+        Args:
+            x: Noisy images, ``(B, C, H, W)``.
+            sigma: Noise levels > 0, ``(B,)``.
+            labels: Class indices ``(B,)`` with -1 for "no class", or ``None``.
+
+        Returns:
+            ``(B, C, H, W)``, fp32 or float64 as ``x``.
+
+        Raises:
+            InputError: If labels are given to an unconditional network.
+        """
+        classes = self.num_classes
+        if labels is not None and not classes:
+            raise InputError("Labels were given to an unconditional network (label_dim 0).")
+        dtype = torch.promote_types(torch.float32, x.dtype)
+        x, sigma = x.to(dtype), sigma.to(dtype)
+        c_skip, c_out, c_in, c_noise = edm_coefficients(sigma, self.sigma_data)
+        rows = None
+        if labels is not None:
+            rows = functional.one_hot(labels.clamp_min(0), classes).to(dtype)
+            rows = rows * (labels >= 0)[:, None]
+        raw = self.model(expand(c_in, x) * x, c_noise, rows)
+        return expand(c_skip, x) * x + expand(c_out, x) * raw.to(dtype)

@@ -1,0 +1,205 @@
+r"""The algorithm box shared by every discrete consistency objective.
+
+CT, iCT, ECT, SCT and CD are one ODE step from t down to r under different estimates of
+:math:`E[x_0 \mid x_t]`; what follows the step is the same for all and is written here once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cm_lightning.objective.coupling import Coupling
+from cm_lightning.objective.discretization import Discretization
+from cm_lightning.objective.distance import Distance
+from cm_lightning.objective.solver import Solver
+from cm_lightning.objective.weighting import Weighting
+from cm_lightning.types import Batch, Denoiser, LossOutput, expand
+
+__all__ = ["Draw", "Objective", "paired_forward", "shared_dropout"]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The randomness of one batch: a pure function of (seed, nimg) and of the rows it covers.
+
+    Noise is drawn for the whole global batch of the optimizer step and each rank or micro-batch
+    keeps its own rows, so the noise of an image does not depend on how the batch is split.
+
+    Args:
+        seed: Seed of the run.
+        nimg: Images seen before this optimizer step.
+        start: First row of this micro-batch within the global batch.
+        total: Number of images in the global batch.
+        device: Where to draw.
+    """
+
+    seed: int
+    nimg: int
+    start: int
+    total: int
+    device: torch.device
+
+    def generator(self) -> torch.Generator:
+        """A fresh generator; equal for every rank and micro-batch of the step."""
+        state = np.random.SeedSequence((self.seed, self.nimg)).generate_state(1, np.uint64)
+        return torch.Generator(self.device).manual_seed(int(state[0] >> np.uint64(1)))
+
+    def dropout_seed(self) -> int:
+        """Seed of the dropout masks; differs between micro-batches and ranks."""
+        words = (self.seed, self.nimg, self.start, 1)
+        return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+    def rows(self, values: Tensor, n: int) -> Tensor:
+        """Keep this micro-batch's ``n`` rows of values drawn for the global batch."""
+        return values[self.start : self.start + n]
+
+    def normal(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Unit normal noise with the shape and dtype of ``like``."""
+        shape = (self.total, *like.shape[1:])
+        noise = torch.randn(shape, device=self.device, dtype=like.dtype, generator=generator)
+        return self.rows(noise, len(like))
+
+
+@contextmanager
+def shared_dropout(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the default generators inside the context and restore them on leaving.
+
+    Two passes of one network inside two such contexts with the same seed draw the same dropout
+    masks, on CPU and on CUDA, and the surrounding random stream is left untouched.
+    """
+    accelerators = [] if device.type == "cpu" else [device]
+    kind = "cuda" if device.type == "cpu" else device.type
+    with torch.random.fork_rng(devices=accelerators, device_type=kind):
+        torch.manual_seed(seed)
+        yield
+
+
+def paired_forward(
+    online: Denoiser,
+    target: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    x_r: Tensor,
+    r: Tensor,
+    labels: Tensor | None,
+    dropout_seed: int,
+) -> tuple[Tensor, Tensor]:
+    r"""Evaluate both ends of a pair under one dropout mask.
+
+    .. math:: \bigl(f_\theta(x_t, t),\; \mathrm{sg}\, f_{\theta^-}(x_r, r)\bigr)
+
+    Where r = 0 the target is ``x_r`` itself, since f(x, 0) = x; the network is never evaluated
+    there (its noise input ln 0 is not finite).
+
+    Args:
+        online: Network that receives the gradient.
+        target: Network of the target; may be the same object. No gradient flows through it.
+        x_t: Images at the larger level, ``(B, C, H, W)``.
+        t: Larger levels, ``(B,)``.
+        x_r: Images at the smaller level, ``(B, C, H, W)``.
+        r: Smaller levels, ``(B,)``, zero allowed.
+        labels: Class indices ``(B,)`` or ``None``.
+        dropout_seed: Seed of both passes' dropout masks.
+
+    Returns:
+        ``(prediction, target)``, each ``(B, C, H, W)``.
+    """
+    at_zero = r == 0
+    with torch.no_grad(), shared_dropout(dropout_seed, x_t.device):
+        safe_r = torch.where(at_zero, t, r).to(x_r.dtype)
+        goal = target(x_r, safe_r, labels)
+        goal = torch.where(expand(at_zero, goal).bool(), x_r, goal)
+    with shared_dropout(dropout_seed, x_t.device):
+        prediction = online(x_t, t.to(x_t.dtype), labels)
+    return prediction, goal
+
+
+@dataclass(frozen=True)
+class Objective:
+    r"""Discrete consistency objective assembled from its five leaves.
+
+    .. math:: \mathcal L = E\bigl[w(t, r)\, d\bigl(f_\theta(x_t, t),
+              \mathrm{sg}\, f_{\theta^-}(x_r, r)\bigr)\bigr], \qquad x_t = x_0 + t z,\;
+              x_r = \mathrm{solver}(x_t, t, r)
+
+    Song et al. 2023, arXiv:2303.01469. Every random number is drawn here, in a fixed order
+    (levels, noise, u); the leaves are deterministic.
+
+    Args:
+        discretization: Law of (t, r).
+        coupling: Law of (x0, z).
+        solver: Step from t to r, with its estimate of the posterior mean.
+        distance: Distance of the two ends.
+        weighting: Weight w(t, r).
+    """
+
+    discretization: Discretization
+    coupling: Coupling
+    solver: Solver
+    distance: Distance
+    weighting: Weighting
+
+    def __call__(self, online: Denoiser, target: Denoiser, batch: Batch, draw: Draw) -> LossOutput:
+        """Draw noise and return the loss of each image.
+
+        Args:
+            online: Network that receives the gradient.
+            target: Network of the target, may be ``online``.
+            batch: Images ``(B, C, H, W)`` and labels.
+            draw: Source of randomness; its ``nimg`` decides the discretization.
+        """
+        n = len(batch.x0)
+        generator = draw.generator()
+        t, r = self.discretization.sample(draw.total, draw.nimg, draw.device, generator)
+        t, r = draw.rows(t, n), draw.rows(r, n)
+        z = draw.normal(batch.x0, generator)
+        u = torch.rand(draw.total, device=draw.device, dtype=torch.float64, generator=generator)
+        return self.evaluate(
+            online, target, batch, t, r, z, draw.rows(u, n), dropout_seed=draw.dropout_seed()
+        )
+
+    def evaluate(
+        self,
+        online: Denoiser,
+        target: Denoiser,
+        batch: Batch,
+        t: Tensor,
+        r: Tensor,
+        z: Tensor,
+        u: Tensor,
+        *,
+        dropout_seed: int = 0,
+    ) -> LossOutput:
+        """The deterministic part: the loss at given levels and noise.
+
+        Args:
+            online: Network that receives the gradient.
+            target: Network of the target.
+            batch: Images ``(B, C, H, W)`` and labels.
+            t: Larger levels, ``(B,)`` float64.
+            r: Smaller levels, ``(B,)`` float64.
+            z: Unit noise, ``(B, C, H, W)``.
+            u: Uniform numbers for the coupling, ``(B,)``.
+            dropout_seed: Seed of the dropout masks.
+        """
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            with torch.no_grad():
+                return target(x, sigma.to(x.dtype), batch.labels)
+
+        x0, z, _ = self.coupling(batch, z, u, r, denoise)
+        batch = batch._replace(x0=x0)
+        x_t = x0 + expand(t, x0) * z
+        x_r = self.solver(x_t, t, r, batch)
+        prediction, goal = paired_forward(
+            online, target, x_t, t, x_r, r, batch.labels, dropout_seed
+        )
+        distance = self.distance(prediction, goal)
+        weight = self.weighting(t, r, online.sigma_data)
+        return LossOutput(distance * weight.to(distance.dtype), distance.detach(), t, r)

@@ -1,0 +1,64 @@
+"""Weights of the distance as functions of the noise levels, one number per image, ``(B,)``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["EDM", "COut", "InverseStep", "Uniform", "Weighting"]
+
+
+class Weighting(ABC):
+    """Weight of the distance at a pair of noise levels."""
+
+    @abstractmethod
+    def __call__(self, t: Tensor, r: Tensor, sigma_data: float) -> Tensor:
+        """Weight.
+
+        Args:
+            t: Larger levels, ``(B,)`` float64, > 0.
+            r: Smaller levels, ``(B,)`` float64, ``0 <= r < t``.
+            sigma_data: Standard deviation of the data.
+
+        Returns:
+            Weights, ``(B,)`` float64, > 0.
+        """
+
+
+@dataclass(frozen=True)
+class Uniform(Weighting):
+    """Weight 1 (CD, CT)."""
+
+    def __call__(self, t: Tensor, r: Tensor, sigma_data: float) -> Tensor:
+        """Ones, ``(B,)``."""
+        return torch.ones_like(t)
+
+
+@dataclass(frozen=True)
+class InverseStep(Weighting):
+    """Weight :math:`1 / (t - r)` (iCT, arXiv:2310.14189; ECT on CIFAR-10)."""
+
+    def __call__(self, t: Tensor, r: Tensor, sigma_data: float) -> Tensor:
+        """Inverse of the step, ``(B,)``."""
+        return 1 / (t - r)
+
+
+@dataclass(frozen=True)
+class COut(Weighting):
+    r"""Weight :math:`1 / c_\text{out}(t)^2 = 1/t^2 + 1/\sigma_d^2` (ECT on ImageNet-64)."""
+
+    def __call__(self, t: Tensor, r: Tensor, sigma_data: float) -> Tensor:
+        """Inverse square of the output scaling, ``(B,)``."""
+        return 1 / t.square() + 1 / sigma_data**2
+
+
+@dataclass(frozen=True)
+class EDM(COut):
+    r"""EDM's loss weight :math:`\lambda(\sigma) = (\sigma^2 + \sigma_d^2)/(\sigma \sigma_d)^2`.
+
+    Karras et al. 2022, arXiv:2206.00364, Table 1. The same function as :class:`COut`, under the
+    name that diffusion training knows.
+    """

@@ -1,0 +1,225 @@
+"""What every regime shares: one optimizer, one clock in images, one source of randomness."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch.optim import Optimizer
+
+from cm_lightning.objective import Draw
+from cm_lightning.optim import GradientGuard, GradientStats, LearningRate
+from cm_lightning.types import Batch, Denoiser, InputError, LossOutput
+from cm_lightning.weights import check_weights
+
+__all__ = ["ConsistencyModule", "TrainingStopped", "radam"]
+
+_STREAK_INTERVAL = 20
+"""Optimizer steps between two looks at the non-finite streak (a look waits for the device)."""
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says why and what to try."""
+
+
+def radam(parameters: Any) -> Optimizer:
+    """RAdam with rate 1e-4, betas (0.9, 0.999): the optimizer of CM, iCT and ECT."""
+    return torch.optim.RAdam(parameters, lr=1e-4)
+
+
+class ConsistencyModule(L.LightningModule):
+    """Base of all regimes; a regime implements :meth:`loss` and nothing else.
+
+    Callbacks rely on few public names: ``denoiser``; ``nimg``, the number of images seen by all
+    ranks; ``stage`` and ``gradient_stats`` for the logs. ``nimg`` advances by the global batch right after each optimizer step, before any
+    callback runs. Randomness is a pure function of (seed, nimg, row in the global batch), so
+    a resumed run repeats an uninterrupted one.
+
+    Args:
+        denoiser: The network that is trained.
+        total_kimg: Length of the run in thousands of images, > 0.
+        optimizer: Called with the parameters.
+        learning_rate: Factor on the optimizer's rate over the run.
+        gradients: Sanitising of gradients.
+        seed: Seed of noise levels, noise and dropout, >= 0.
+
+    Raises:
+        InputError: If ``total_kimg`` is not positive or the seed is negative.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        total_kimg: float,
+        optimizer: OptimizerCallable = radam,
+        learning_rate: LearningRate = LearningRate(),
+        gradients: GradientGuard = GradientGuard(),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not total_kimg > 0:
+            raise InputError(f"total_kimg must be positive, got {total_kimg}.")
+        if seed < 0:
+            raise InputError(f"seed must be 0 or more, got {seed}.")
+        self.denoiser = denoiser
+        self.total_kimg = total_kimg
+        self.optimizer = optimizer
+        self.learning_rate = learning_rate
+        self.gradients = gradients
+        self.seed = seed
+        self.nimg = 0
+        self.gradient_stats: GradientStats | None = None
+        self._micro_step = 0
+        self.global_batch = 0
+
+    @abstractmethod
+    def loss(self, batch: Batch, draw: Draw) -> LossOutput:
+        """Loss of each image of a batch.
+
+        Args:
+            batch: Images ``(B, C, H, W)`` in [-1, 1], labels, positions in the store.
+            draw: The batch's randomness; ``draw.nimg`` is the clock for schedules.
+        """
+
+    @property
+    def stage(self) -> int | None:
+        """Index of the discretization stage, ``None`` for a regime without stages."""
+        objective = getattr(self, "objective", None)
+        return None if objective is None else int(objective.discretization.stage(self.nimg))
+
+    @property
+    def total_nimg(self) -> int:
+        """Length of the run in images."""
+        return round(1000 * self.total_kimg)
+
+    def setup(self, stage: str) -> None:
+        """Check that the data fit the network, before anything is written.
+
+        Raises:
+            InputError: If image shape, number of classes or device do not fit.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            check_fit(self.denoiser, data.image_shape, data.num_classes)
+        device = self.trainer.strategy.root_device
+        if device.type == "mps":
+            raise InputError("Apple's mps device has no float64: use --trainer.accelerator cpu.")
+
+    def configure_optimizers(self) -> Optimizer:
+        """Build the optimizer over the denoiser's trainable parameters."""
+        optimizer = cast(
+            Optimizer, self.optimizer([p for p in self.denoiser.parameters() if p.requires_grad])
+        )
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        return optimizer
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Mean loss of a batch; the per-image values travel along for diagnostics."""
+        n, world = len(batch.x0), self.trainer.world_size
+        accumulation = self.trainer.accumulate_grad_batches
+        self.global_batch = n * world * accumulation
+        start = (self._micro_step * world + self.trainer.global_rank) * n
+        self._micro_step += 1
+        draw = Draw(self.seed, self.nimg, start, self.global_batch, batch.x0.device)
+        output = self.loss(batch, draw)
+        return {"loss": output.loss.mean(), "output": output}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Sanitise and count gradients."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.gradient_stats = self.gradients(parameters, self.gradient_stats)
+
+    def optimizer_step(  # type: ignore[override]
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Any = None,
+    ) -> None:
+        """Set the learning rate, step, advance the clock, end the run when it is over."""
+        factor = self.learning_rate.factor(self.nimg, self.total_kimg)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.nimg += self.global_batch
+        self._micro_step = 0
+        if self.trainer.global_step % _STREAK_INTERVAL == 0:
+            self._check_streak()
+        if self.nimg >= self.total_nimg:
+            self.trainer.should_stop = True
+
+    def _check_streak(self) -> None:
+        stats = self.gradient_stats
+        if stats is not None and int(stats.streak) >= self.gradients.stop_after:
+            raise TrainingStopped(
+                f"Gradients were not finite in {int(stats.streak)} steps in a row (up to "
+                f"{self.nimg / 1000:g} kimg). Try a lower learning rate or 32-bit precision; "
+                "the checkpoints written before are kept."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the clock and what identifies the run (plain numbers, strings and tensors)."""
+        stats = self.gradient_stats
+        data = getattr(self.trainer, "datamodule", None)
+        checkpoint["cm_lightning"] = {
+            "nimg": self.nimg,
+            "seed": self.seed,
+            "regime": type(self).__name__,
+            "data": getattr(data, "fingerprint", None),
+            "nonfinite_steps": 0 if stats is None else int(stats.nonfinite_steps),
+            "streak": 0 if stats is None else int(stats.streak),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the clock.
+
+        Raises:
+            InputError: If the file is not a checkpoint of this package, or of another network
+                or data set.
+        """
+        state = checkpoint.get("cm_lightning")
+        if state is None:
+            raise InputError("The checkpoint was not written by cm_lightning.")
+        check_weights(self.state_dict(), checkpoint["state_dict"], "The checkpoint")
+        data = getattr(getattr(self, "_trainer", None), "datamodule", None)
+        fingerprint = getattr(data, "fingerprint", None)
+        if fingerprint and state["data"] and fingerprint != state["data"]:
+            raise InputError(
+                f"The checkpoint was trained on data with fingerprint {state['data'][:16]}, "
+                f"the config's data have {fingerprint[:16]}."
+            )
+        self.nimg = int(state["nimg"])
+        count, streak = state["nonfinite_steps"], state["streak"]
+        self.gradient_stats = GradientStats(
+            torch.zeros(()), torch.tensor(count), torch.tensor(streak)
+        )
+
+
+def check_fit(denoiser: Denoiser, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    """Check that images and labels fit a network.
+
+    Args:
+        denoiser: The network.
+        image_shape: ``(C, H, W)`` of the data.
+        num_classes: Classes of the data, 0 if they are used without labels.
+
+    Raises:
+        InputError: If they do not.
+    """
+    wanted = denoiser.image_shape
+    if wanted is not None and tuple(image_shape) != tuple(wanted):
+        raise InputError(
+            f"The data have images of shape {tuple(image_shape)} (channels, height, width), the "
+            f"network takes {tuple(wanted)}: change data.resolution or the network's "
+            "img_resolution and in_channels."
+        )
+    if denoiser.num_classes != num_classes:
+        raise InputError(
+            f"The data have {num_classes} classes, the network is built for "
+            f"{denoiser.num_classes}: change data.conditional or the network's label_dim."
+        )

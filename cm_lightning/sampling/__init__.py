@@ -1,0 +1,28 @@
+"""Samplers: plain functions of a denoiser and noise, without Lightning."""
+
+from cm_lightning.sampling.consistency import check_sigmas, image_noise, multistep
+from cm_lightning.sampling.numbered import draw_images, draw_labels, evaluating
+from cm_lightning.sampling.ode import heun, karras_sigmas
+from cm_lightning.sampling.samplers import (
+    DEFAULT_SAMPLERS,
+    HeunSampler,
+    MultistepSampler,
+    Sampler,
+    check_samplers,
+)
+
+__all__ = [
+    "DEFAULT_SAMPLERS",
+    "HeunSampler",
+    "MultistepSampler",
+    "Sampler",
+    "check_samplers",
+    "check_sigmas",
+    "draw_images",
+    "draw_labels",
+    "evaluating",
+    "heun",
+    "image_noise",
+    "karras_sigmas",
+    "multistep",
+]

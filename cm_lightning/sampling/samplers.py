@@ -1,0 +1,126 @@
+"""Samplers as configuration: what to draw, with how many network calls, under which name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cm_lightning.sampling.consistency import check_sigmas, multistep
+from cm_lightning.sampling.ode import heun, karras_sigmas
+from cm_lightning.types import Denoiser, InputError
+
+__all__ = ["DEFAULT_SAMPLERS", "HeunSampler", "MultistepSampler", "Sampler", "check_samplers"]
+
+
+class Sampler(ABC):
+    """A way to turn noise into images."""
+
+    @property
+    @abstractmethod
+    def nfe(self) -> int:
+        """Number of function evaluations: network calls per image."""
+
+    @property
+    @abstractmethod
+    def noises(self) -> int:
+        """Number of unit-noise images consumed per image."""
+
+    @property
+    def name(self) -> str:
+        """Short name in logs and files, such as ``nfe2``."""
+        return f"nfe{self.nfe}"
+
+    @abstractmethod
+    def __call__(self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """Draw images from noise ``(noises, B, C, H, W)``; returns ``(B, C, H, W)``."""
+
+
+@dataclass(frozen=True)
+class MultistepSampler(Sampler):
+    """Multistep consistency sampling, see :func:`~cm_lightning.sampling.multistep`.
+
+    Args:
+        sigmas: Decreasing noise levels, one network call each. Usual second levels: 0.821
+            (CIFAR-10) and 1.526 (ImageNet-64).
+
+    Raises:
+        InputError: If the levels are not positive and decreasing.
+    """
+
+    sigmas: Sequence[float] = (80.0,)
+
+    def __post_init__(self) -> None:
+        check_sigmas(self.sigmas)
+
+    @property
+    def nfe(self) -> int:
+        """One per level."""
+        return len(self.sigmas)
+
+    @property
+    def noises(self) -> int:
+        """One per level."""
+        return len(self.sigmas)
+
+    def __call__(self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """Draw images."""
+        return multistep(denoiser, noise, self.sigmas, labels)
+
+
+@dataclass(frozen=True)
+class HeunSampler(Sampler):
+    """EDM's deterministic sampler for diffusion models, see :func:`~cm_lightning.sampling.heun`.
+
+    Args:
+        steps: Number of noise levels N >= 2; costs 2N - 1 network calls. CIFAR-10: 18.
+        sigma_min: Last positive level.
+        sigma_max: First level.
+
+    Raises:
+        InputError: If an argument is outside its range.
+    """
+
+    steps: int = 18
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        karras_sigmas(self.steps, self.sigma_min, self.sigma_max)
+
+    @property
+    def nfe(self) -> int:
+        """Two calls per step but one in the last."""
+        return 2 * self.steps - 1
+
+    @property
+    def noises(self) -> int:
+        """Only the initial noise."""
+        return 1
+
+    def __call__(self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """Draw images."""
+        sigmas = karras_sigmas(self.steps, self.sigma_min, self.sigma_max)
+        return heun(denoiser, noise[0], sigmas, labels)
+
+
+DEFAULT_SAMPLERS: tuple[Sampler, ...] = (
+    MultistepSampler((80.0,)),
+    MultistepSampler((80.0, 0.821)),
+)
+"""One step, and two steps with the middle level published for CIFAR-10."""
+
+
+def check_samplers(samplers: Sequence[Sampler]) -> None:
+    """Check that samplers can be told apart in logs.
+
+    Raises:
+        InputError: If there is none, or two share a name.
+    """
+    names = [sampler.name for sampler in samplers]
+    if not names:
+        raise InputError("samplers is empty: give at least one sampler.")
+    if len(set(names)) < len(names):
+        raise InputError(f"samplers must differ in their number of network calls, got {names}.")

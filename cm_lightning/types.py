@@ -1,0 +1,95 @@
+"""The nouns every other file uses: a batch, a denoiser, a loss, and the error that speaks to users.
+
+Shapes are written ``(B, C, H, W)``: batch, channels, height, width. Images lie in ``[-1, 1]``.
+Noise levels are standard deviations in the same units and are always ``(B,)``; :func:`expand`
+gives them image shape where they are used.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+__all__ = ["Batch", "Denoiser", "InputError", "LossOutput", "expand"]
+
+
+class InputError(ValueError):
+    """A mistake in the user's input, told in one sentence: what was given, what is allowed, where.
+
+    The command line prints the sentence alone and exits with code 2.
+    """
+
+
+class Batch(NamedTuple):
+    """One batch of training images, already on the device.
+
+    Attributes:
+        x0: Clean images in [-1, 1], shape ``(B, C, H, W)``.
+        labels: Class indices ``(B,)``, int64, or ``None`` for an unconditional model.
+            The value -1 stands for "no class".
+        index: Position of each image in the data store, ``(B,)``, int64.
+    """
+
+    x0: Tensor
+    labels: Tensor | None
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+
+
+class LossOutput(NamedTuple):
+    """What an objective returns: one number per image, each ``(B,)``.
+
+    Attributes:
+        loss: Weighted distance; its mean is minimised.
+        distance: Distance before weighting, without gradient.
+        t: Larger noise level of the pair.
+        r: Smaller noise level of the pair, ``0 <= r < t``.
+    """
+
+    loss: Tensor
+    distance: Tensor
+    t: Tensor
+    r: Tensor
+
+
+class Denoiser(nn.Module, ABC):
+    r"""A function :math:`D(x, \sigma)` that maps a noisy image to an estimate of the clean one.
+
+    Diffusion models return :math:`E[x_0 \mid x_\sigma]`, consistency models the endpoint of the
+    probability-flow ODE. Both take and return fp32 (or float64) images whatever the precision
+    inside.
+
+    Attributes:
+        sigma_data: Standard deviation of the data, 0.5 in all published recipes.
+    """
+
+    sigma_data: float
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """Shape ``(C, H, W)`` of the images the network takes, ``None`` if it takes any."""
+        return None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes the network is conditioned on, 0 if unconditional."""
+        return 0
+
+    @abstractmethod
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        r"""Denoise.
+
+        Args:
+            x: Noisy images :math:`x_0 + \sigma z`, shape ``(B, C, H, W)``.
+            sigma: Noise levels > 0, shape ``(B,)``.
+            labels: Class indices ``(B,)``, -1 for "no class", or ``None``.
+
+        Returns:
+            Estimate of ``x0``, shape ``(B, C, H, W)``.
+        """
+
+
+def expand(values: Tensor, like: Tensor) -> Tensor:
+    """Give ``(B,)`` values the shape ``(B, 1, 1, 1)`` and the dtype of the images ``like``."""
+    return values.to(like.dtype).reshape(-1, *([1] * (like.ndim - 1)))

@@ -1,0 +1,238 @@
+"""Portable weights: ``model.safetensors`` beside a ``config.json`` that says how to build them.
+
+Also reads the weights of a run directory. Nothing here is unpickled, and a config can only name
+classes of this package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cm_lightning.types import Denoiser, InputError
+from cm_lightning.version import __version__
+
+__all__ = ["Loaded", "build_denoiser", "from_pretrained", "load_weights", "save_weights"]
+
+_FORMAT = 1
+
+
+class Loaded(NamedTuple):
+    """A denoiser with its weights.
+
+    Attributes:
+        denoiser: In eval mode, on the CPU.
+        info: ``regime``, ``ema``, ``kimg`` and ``data_fingerprint``.
+    """
+
+    denoiser: Denoiser
+    info: dict[str, Any]
+
+
+def build_denoiser(config: Mapping[str, Any], where: str) -> Denoiser:
+    """Build a denoiser with random weights from its ``class_path`` and ``init_args``.
+
+    Args:
+        config: As in a run's ``config.yaml`` under ``model.init_args.denoiser``.
+        where: The file it comes from, for messages.
+
+    Raises:
+        InputError: If it names a class outside this package or does not fit one.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    import cm_lightning.networks  # noqa: F401  (short class names resolve to imported classes)
+
+    _check_class_paths(config, where)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Denoiser, "denoiser", required=True)
+    try:
+        parsed = parser.parse_object({"denoiser": dict(config)})
+    except ArgumentError as error:
+        raise InputError(f"{where} does not describe a network of this version: {error}") from error
+    denoiser = parser.instantiate_classes(parsed)["denoiser"]
+    assert isinstance(denoiser, Denoiser)
+    return denoiser
+
+
+def _check_class_paths(node: Any, where: str) -> None:
+    if isinstance(node, Mapping):
+        path = node.get("class_path")
+        if isinstance(path, str) and "." in path and not path.startswith("cm_lightning."):
+            raise InputError(
+                f"{where} names the class '{path}'; weights may only use cm_lightning's classes."
+            )
+        for value in node.values():
+            _check_class_paths(value, where)
+    elif isinstance(node, list):
+        for value in node:
+            _check_class_paths(value, where)
+
+
+def save_weights(
+    folder: Path, denoiser: Mapping[str, Any], weights: Mapping[str, Tensor], info: dict[str, Any]
+) -> None:
+    """Write ``model.safetensors`` and ``config.json``, each whole or not at all.
+
+    Args:
+        folder: Where to write; created if needed.
+        denoiser: ``class_path`` and ``init_args`` of the denoiser.
+        weights: State dict of the denoiser, fp32.
+        info: What else to record: regime, EMA profile, kimg, data fingerprint.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
+    partial = folder / ".model.safetensors.partial"
+    save_file(tensors, partial)
+    os.replace(partial, folder / "model.safetensors")
+    config = {"format": _FORMAT, "version": __version__, "denoiser": denoiser, **info}
+    partial = folder / ".config.json.partial"
+    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, folder / "config.json")
+
+
+def load_weights(path: str | Path, ema: str | None = None) -> Loaded:
+    """Load a denoiser from a run directory, a checkpoint in one, or a weights folder.
+
+    Args:
+        path: A directory with ``model.safetensors`` and ``config.json``; a run directory, whose
+            newest checkpoint is taken; or one ``.ckpt`` file of a run directory.
+        ema: EMA profile of a run, ``"live"`` for the trained weights themselves, ``None`` for the
+            run's first profile. A weights folder holds one set only.
+
+    Raises:
+        InputError: If nothing usable is there, or there is no such profile.
+    """
+    path = Path(path)
+    if (path / "model.safetensors").is_file():
+        return _load_folder(path, ema)
+    if path.is_dir() and (path / "config.yaml").is_file():
+        found = sorted((path / "checkpoints").glob("nimg*.ckpt"), key=lambda file: file.name)
+        if not found:
+            raise InputError(f"The run directory {path} holds no checkpoint yet.")
+        return _load_checkpoint(found[-1], path / "config.yaml", ema)
+    if path.is_file() and path.suffix == ".ckpt":
+        config = path.parent.parent / "config.yaml"
+        if not config.is_file():
+            raise InputError(f"{path} is not inside a run directory: {config} is missing.")
+        return _load_checkpoint(path, config, ema)
+    if not path.exists():
+        raise InputError(f"There is no run directory, checkpoint or weights folder at {path}.")
+    raise InputError(
+        f"{path} is neither a run directory (with config.yaml) nor a weights folder (with "
+        "model.safetensors and config.json) nor a .ckpt file."
+    )
+
+
+def from_pretrained(path: str | Path, ema: str | None = None) -> Denoiser:
+    """The denoiser alone, in eval mode; see :func:`load_weights`."""
+    return load_weights(path, ema).denoiser
+
+
+def _load_folder(folder: Path, ema: str | None) -> Loaded:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        description = config.pop("denoiser")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is missing or does not describe a network.") from error
+    if ema is not None and ema != config.get("ema"):
+        raise InputError(f"{folder} holds the weights '{config.get('ema')}', not '{ema}'.")
+    denoiser = build_denoiser(description, str(path))
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
+    _fill(denoiser, tensors, str(folder))
+    return Loaded(denoiser.eval(), config)
+
+
+def _load_checkpoint(path: Path, config_path: Path, ema: str | None) -> Loaded:
+    import yaml
+
+    config = yaml.safe_load(config_path.read_text(encoding="utf-8"))
+    denoiser = build_denoiser(config["model"]["init_args"]["denoiser"], str(config_path))
+    checkpoint = read_checkpoint(path)
+    prefix = "denoiser."
+    weights = {
+        name.removeprefix(prefix): value
+        for name, value in checkpoint["state_dict"].items()
+        if name.startswith(prefix)
+    }
+    averages = checkpoint["callbacks"].get("EMACallback", {}).get("averages", {})
+    name = ema or next(iter(averages), "live")
+    if name != "live":
+        if name not in averages:
+            raise InputError(f"{path} has no EMA profile '{name}': it has {['live', *averages]}.")
+        weights |= averages[name]
+    _fill(denoiser, weights, str(path))
+    state = checkpoint["cm_lightning"]
+    info = {
+        "regime": state["regime"],
+        "ema": name,
+        "kimg": state["nimg"] / 1000,
+        "data_fingerprint": state["data"],
+    }
+    return Loaded(denoiser.eval(), info)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint as plain data (``weights_only``), memory-mapped.
+
+    Raises:
+        InputError: If the file is missing, damaged or not a checkpoint of this package.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"There is no checkpoint at {path}.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be read as a checkpoint: it is damaged, or not plain data "
+            f"({type(error).__name__})."
+        ) from error
+    if not isinstance(checkpoint, dict) or "cm_lightning" not in checkpoint:
+        raise InputError(f"{path} was not written by cm_lightning.")
+    return checkpoint
+
+
+def check_weights(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], where: str) -> None:
+    """Check that a state dict has the names and shapes of a network.
+
+    Args:
+        own: The network's state dict.
+        loaded: The state dict to be loaded.
+        where: The file it comes from.
+
+    Raises:
+        InputError: If they differ; the first difference is named.
+    """
+    for name in own:
+        if name not in loaded:
+            raise InputError(f"{where} lacks '{name}', which the config's network has.")
+        if own[name].shape != loaded[name].shape:
+            raise InputError(
+                f"{where} is of another network: '{name}' has shape {tuple(loaded[name].shape)} "
+                f"there and {tuple(own[name].shape)} in the config's network."
+            )
+    for name in loaded:
+        if name not in own:
+            raise InputError(
+                f"{where} is of another network: it holds '{name}', which the config's lacks."
+            )
+
+
+def _fill(denoiser: Denoiser, tensors: Mapping[str, Tensor], where: str) -> None:
+    check_weights(denoiser.state_dict(), tensors, where)
+    denoiser.load_state_dict(dict(tensors))

@@ -1,0 +1,24 @@
+"""Shared fixtures: tiny denoisers, golden files, a small data set and a tiny run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+GOLDEN = Path(os.environ.get("CM_GOLDEN_DIR", Path(__file__).parent / "golden"))
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path_factory, monkeypatch):
+    """Keep caches out of the home directory and every test away from W&B and the network."""
+    monkeypatch.setenv("CM_HOME", str(tmp_path_factory.getbasetemp() / "cm_home"))
+    monkeypatch.setenv("CM_OFFLINE", "1")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
