@@ -149,7 +149,7 @@ class KimgWandbLogger(WandbLogger):
         """Log a histogram of ``len(edges) - 1`` counts."""
         import wandb
 
-        histogram = wandb.Histogram(np_histogram=(list(counts), list(edges)))
+        histogram = wandb.Histogram(np_histogram=(np.asarray(counts), np.asarray(edges)))
         self.experiment.log({key: histogram, "kimg": nimg / 1000})
 
 

@@ -98,8 +98,8 @@ class DiagnosticsCallback(StepCallback):
 
     def _log(self, trainer: L.Trainer, pl_module: Any) -> None:
         assert self._sums is not None
-        sums = trainer.strategy.reduce(self._sums, reduce_op="sum").cpu()
-        histogram = trainer.strategy.reduce(self._histogram, reduce_op="sum").cpu()
+        sums = trainer.strategy.reduce(self._sums.clone(), reduce_op="sum").cpu()
+        histogram = trainer.strategy.reduce(self._histogram.clone(), reduce_op="sum").cpu()
         self._sums.zero_()
         self._histogram.zero_()
         counts, losses, distances, ratios = sums[:-1].T

@@ -55,7 +55,7 @@ class FIDCallback(StepCallback):
     profile, network calls; with other features it starts with their name instead of ``fid``.
 
     Args:
-        features: Feature extractor; Inception gives FID as published.
+        features: Feature extractor; ``None`` for Inception, which gives FID as published.
         samplers: How to draw; all must differ in their number of network calls.
         every_kimg: Interval in thousands of images, ``None`` to measure at the end alone.
         n: Number of samples, >= 2.
@@ -74,7 +74,7 @@ class FIDCallback(StepCallback):
 
     def __init__(
         self,
-        features: FeatureExtractor = Inception(),
+        features: FeatureExtractor | None = None,
         samplers: Sequence[Sampler] = DEFAULT_SAMPLERS,
         every_kimg: float | None = 1000.0,
         n: int = 10_000,
@@ -90,7 +90,7 @@ class FIDCallback(StepCallback):
             raise InputError(f"fid.n must be 2 or more, got {n}.")
         if batch < 1:
             raise InputError(f"fid.batch must be 1 or more, got {batch}.")
-        self.features = features
+        self.features = Inception() if features is None else features
         self.samplers = list(samplers)
         self.every_kimg = every_kimg
         self.n = n

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.cli import LightningCLI
 
 import cm_lightning.networks  # noqa: F401  (short class names resolve to imported classes)

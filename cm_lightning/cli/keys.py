@@ -129,7 +129,9 @@ def _arguments(cls: type) -> dict[str, type | None] | None:
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return None
     try:
-        hints = get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)
+        hints = get_type_hints(
+            cls if dataclasses.is_dataclass(cls) else vars(cls).get("__init__", cls)
+        )
     except (NameError, TypeError):
         hints = {}
     found: dict[str, type | None] = {}

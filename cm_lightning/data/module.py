@@ -37,7 +37,7 @@ class RawBatch(NamedTuple):
 
     images: Tensor | None
     labels: Tensor | None
-    index: Tensor  # type: ignore[assignment]
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
     flip: Tensor
 
 
@@ -63,7 +63,7 @@ class _StoreDataset(Dataset[RawBatch]):
     def __init__(self, store: ImageStore, labels: bool, images: bool) -> None:
         self.store, self.labels, self.images = store, labels, images
 
-    def __getitem__(self, rows: Rows) -> RawBatch:  # type: ignore[override]
+    def __getitem__(self, rows: Rows) -> RawBatch:
         index, flip = torch.from_numpy(rows.index), torch.from_numpy(rows.flip)
         labels = None
         if self.labels:
@@ -147,10 +147,10 @@ class ImageDataModule(L.LightningDataModule):
             )
         micro = share if self.micro_batch is None else min(self.micro_batch, share)
         if share % micro:
-            fitting = [m for m in range(1, micro + 1) if share % m == 0][-3:]
+            fitting = " or ".join(str(m) for m in range(1, micro + 1) if share % m == 0)
             raise InputError(
                 f"data.micro_batch {micro} does not divide the {share} images per device "
-                f"(global_batch {self.global_batch} / {world}): use {' or '.join(map(str, fitting))}."
+                f"(global_batch {self.global_batch} / {world}): use {fitting}."
             )
         return BatchPlan(self.global_batch, world, micro, share // micro)
 

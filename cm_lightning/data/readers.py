@@ -144,7 +144,11 @@ def read_idx(path: Path) -> npt.NDArray[Any]:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
-    kinds = {0x08: np.dtype("u1"), 0x0D: np.dtype(">f4"), 0x0E: np.dtype(">f8")}
+    kinds: dict[int, np.dtype[Any]] = {
+        0x08: np.dtype("u1"),
+        0x0D: np.dtype(">f4"),
+        0x0E: np.dtype(">f8"),
+    }
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in kinds:
         raise InputError(f"{path} is not an IDX file of bytes or floats (wrong magic number).")
     kind, dims = kinds[data[2]], data[3]
@@ -158,7 +162,8 @@ def read_idx(path: Path) -> npt.NDArray[Any]:
         raise InputError(
             f"{path} is {state}: its header promises {expected} bytes, it has {len(data)}."
         )
-    return np.frombuffer(data, kind, offset=start).reshape(shape)
+    array: npt.NDArray[Any] = np.frombuffer(data, kind, offset=start).reshape(shape)
+    return array
 
 
 def _to_levels(array: npt.NDArray[Any], path: Path) -> Images:

@@ -20,7 +20,7 @@ class Rows(NamedTuple):
         flip: Whether to mirror each image, ``(B,)`` bool.
     """
 
-    index: npt.NDArray[np.int64]
+    index: npt.NDArray[np.int64]  # type: ignore[assignment]  # hides tuple.index
     flip: npt.NDArray[np.bool_]
 
 

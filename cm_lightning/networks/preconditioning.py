@@ -95,5 +95,5 @@ class EDMPrecond(Denoiser):
         if labels is not None:
             rows = functional.one_hot(labels.clamp_min(0), classes).to(dtype)
             rows = rows * (labels >= 0)[:, None]
-        raw = self.model(expand(c_in, x) * x, c_noise, rows)
+        raw: Tensor = self.model(expand(c_in, x) * x, c_noise, rows)
         return expand(c_skip, x) * x + expand(c_out, x) * raw.to(dtype)

@@ -135,7 +135,7 @@ class SongUNet(nn.Module):
                 wide = model_channels * multiple
                 self.enc[f"{size}x{size}_block{i}"] = UNetBlock(width, wide, heads=heads, **block)
                 width = wide
-        skips = [m.out_channels for name, m in self.enc.items() if "aux" not in name]
+        skips: list[int] = [int(m.out_channels) for k, m in self.enc.items() if "aux" not in k]  # type: ignore[arg-type]
 
         self.dec = nn.ModuleDict()
         for level in reversed(range(levels)):
@@ -184,15 +184,15 @@ class SongUNet(nn.Module):
                 f"SongUNet was built for images of shape {expected}, got {tuple(x.shape[1:])}."
             )
         emb = self._embed(noise_labels, class_labels, augment_labels)
-        skips = []
+        kept: list[Tensor] = []
         image = x
         for name, block in self.enc.items():
             if "aux_residual" in name:
                 image = block(image)
-                x = skips[-1] = image = (x + image) / math.sqrt(2)
+                x = kept[-1] = image = (x + image) / math.sqrt(2)
             else:
                 x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
-                skips.append(x)
+                kept.append(x)
         for name, block in self.dec.items():
             if "aux_norm" in name:
                 x = functional.silu(block(x))
@@ -200,7 +200,7 @@ class SongUNet(nn.Module):
                 x = block(x)
             else:
                 if x.shape[1] != block.in_channels:
-                    x = torch.cat([x, skips.pop()], dim=1)
+                    x = torch.cat([x, kept.pop()], dim=1)
                 x = block(x, emb)
         return x
 
@@ -218,7 +218,8 @@ class SongUNet(nn.Module):
                     rows = rows * keep.to(rows.dtype)
                 emb = emb + self.map_label(rows * math.sqrt(self.label_dim))
             elif self.map_label is not None:
-                emb = emb + self.map_label.bias
+                zeros = torch.zeros(1, self.label_dim, dtype=emb.dtype, device=emb.device)
+                emb = emb + self.map_label(zeros)
             if self.map_augment is not None and augment_labels is not None:
                 emb = emb + self.map_augment(augment_labels.to(emb.dtype))
             emb = functional.silu(self.map_layer0(emb))

@@ -121,7 +121,7 @@ class ECTMapping(Discretization):
         return min(math.floor(nimg / (1000 * self.kimg_per_stage)), self.stages - 1)
 
     def r(self, t: Tensor, stage: int) -> Tensor:
-        """Smaller level r(t) at a stage, same shape and dtype as ``t``."""
+        """Give the smaller level at a stage, same shape and dtype as ``t``."""
         n = 1 + self.k * torch.sigmoid(-self.b * t)
         return (t * (1 - n * self.q ** -(stage + 1))).clamp_min(0)
 

@@ -191,7 +191,8 @@ class Objective:
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             with torch.no_grad():
-                return target(x, sigma.to(x.dtype), batch.labels)
+                endpoint: Tensor = target(x, sigma.to(x.dtype), batch.labels)
+            return endpoint
 
         x0, z, _ = self.coupling(batch, z, u, r, denoise)
         batch = batch._replace(x0=x0)

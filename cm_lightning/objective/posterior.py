@@ -1,4 +1,4 @@
-r"""Estimates of the posterior mean :math:`E[x_0 \mid x_t]`, the quantity in which regimes differ."""
+r"""Estimates of the posterior mean :math:`E[x_0 \mid x_t]`, in which regimes differ."""
 
 from __future__ import annotations
 

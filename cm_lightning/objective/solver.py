@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cm_lightning.objective.posterior import PosteriorMean, SampleMean
+from cm_lightning.objective.posterior import PosteriorMean
 from cm_lightning.types import Batch, expand
 
 __all__ = ["Euler", "Solver"]
@@ -44,7 +44,7 @@ class Euler(Solver):
         posterior: Estimate of the posterior mean.
     """
 
-    posterior: PosteriorMean = SampleMean()
+    posterior: PosteriorMean
 
     def __call__(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch) -> Tensor:
         """Step from t to r."""

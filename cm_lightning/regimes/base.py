@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -35,9 +35,9 @@ class ConsistencyModule(L.LightningModule):
     """Base of all regimes; a regime implements :meth:`loss` and nothing else.
 
     Callbacks rely on few public names: ``denoiser``; ``nimg``, the number of images seen by all
-    ranks; ``stage`` and ``gradient_stats`` for the logs. ``nimg`` advances by the global batch right after each optimizer step, before any
-    callback runs. Randomness is a pure function of (seed, nimg, row in the global batch), so
-    a resumed run repeats an uninterrupted one.
+    ranks; ``stage`` and ``gradient_stats`` for the logs. ``nimg`` advances by the global batch
+    right after each optimizer step, before any callback runs. Randomness is a pure function of
+    (seed, nimg, row in the global batch), so a resumed run repeats an uninterrupted one.
 
     Args:
         denoiser: The network that is trained.
@@ -111,9 +111,7 @@ class ConsistencyModule(L.LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """Build the optimizer over the denoiser's trainable parameters."""
-        optimizer = cast(
-            Optimizer, self.optimizer([p for p in self.denoiser.parameters() if p.requires_grad])
-        )
+        optimizer = self.optimizer([p for p in self.denoiser.parameters() if p.requires_grad])
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         return optimizer
@@ -134,7 +132,7 @@ class ConsistencyModule(L.LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.gradient_stats = self.gradients(parameters, self.gradient_stats)
 
-    def optimizer_step(  # type: ignore[override]
+    def optimizer_step(
         self,
         epoch: int,
         batch_idx: int,

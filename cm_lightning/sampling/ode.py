@@ -42,7 +42,7 @@ def karras_sigmas(
         raise InputError(f"rho must be positive, got {rho}.")
     ramp = torch.arange(n, dtype=torch.float64) / (n - 1)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    grid = (high + ramp * (low - high)) ** rho
+    grid: Tensor = (high + ramp * (low - high)) ** rho
     grid[0], grid[-1] = sigma_max, sigma_min
     return grid
 
@@ -65,7 +65,8 @@ def heun(denoiser: Denoiser, noise: Tensor, sigmas: Tensor, labels: Tensor | Non
 
     def slope(x: Tensor, sigma: Tensor) -> Tensor:
         level = torch.full((len(x),), float(sigma), device=x.device, dtype=noise.dtype)
-        return (x - denoiser(x.to(noise.dtype), level, labels).double()) / sigma
+        clean: Tensor = denoiser(x.to(noise.dtype), level, labels)
+        return (x - clean.double()) / sigma
 
     grid = torch.cat([sigmas.double().cpu(), torch.zeros(1, dtype=torch.float64)])
     x = noise.double() * grid[0]

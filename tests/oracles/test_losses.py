@@ -99,7 +99,7 @@ class OneScalar(Denoiser):
 
 @pytest.mark.parametrize("c", [None, 0.3])
 def test_no_gradient_flows_through_the_target(c):
-    """d/da of the squared distance per image is 2 a <x_t - x_r, x_t>, of the Huber one over root."""
+    """d/da of the squared distance is 2 a <x_t - x_r, x_t>; Huber divides by the root."""
     g = torch.Generator().manual_seed(2)
     x0, z = (torch.randn(8, 1, 4, 4, generator=g, dtype=torch.float64) for _ in range(2))
     t, r = torch.full((8,), 2.0).double(), torch.full((8,), 1.5).double()

@@ -1,0 +1,154 @@
+"""The order of images, and the LightningDataModule under a real trainer."""
+
+from __future__ import annotations
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from cm_lightning.data import Digits, ImageDataModule, Order, StepSampler
+from cm_lightning.types import InputError
+
+
+class Recorder(L.LightningModule):
+    """Remembers what it was fed."""
+
+    def __init__(self, nimg: int = 0) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.nimg = nimg
+        self.batches = []
+
+    def training_step(self, batch, batch_idx):
+        self.batches.append(batch)
+        return self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def feed(data: ImageDataModule, steps: int = 3, nimg: int = 0, **trainer) -> list:
+    module = Recorder(nimg)
+    L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=-1,
+        max_steps=steps,
+        use_distributed_sampler=False,
+        **trainer,
+    ).fit(module, data)
+    return module.batches
+
+
+def test_every_epoch_is_a_permutation():
+    order = Order(17, seed=3)
+    first, second = (order(np.arange(17 * k, 17 * (k + 1))).index for k in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(17))
+    assert not np.array_equal(first, second)
+    across = order(np.arange(10, 25)).index
+    assert np.array_equal(across, np.concatenate([first[10:], second[:8]]))
+    assert not np.array_equal(Order(17, seed=4)(np.arange(17)).index, first)
+
+
+def test_coins_are_fair_and_fixed():
+    flips = Order(1000, seed=0)(np.arange(20_000)).flip
+    assert flips.mean() == pytest.approx(0.5, abs=0.02)
+    assert np.array_equal(Order(1000, seed=0)(np.arange(20_000)).flip, flips)
+
+
+def take(sampler: StepSampler, n: int) -> list:
+    return [rows for rows, _ in zip(sampler, range(n), strict=False)]
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 12), (2, 6), (3, 2), (1, 4)])
+def test_the_images_of_a_step_do_not_depend_on_the_split(world, micro):
+    whole = take(StepSampler(50, 1, 12, 12), 5)
+    accumulation = 12 // (world * micro)
+    parts = [
+        take(StepSampler(50, 1, 12, micro, rank, world), 5 * accumulation) for rank in range(world)
+    ]
+    for step in range(5):
+        rows = [
+            parts[rank][step * accumulation + j]
+            for j in range(accumulation)
+            for rank in range(world)
+        ]
+        assert np.array_equal(np.concatenate([r.index for r in rows]), whole[step].index)
+        assert np.array_equal(np.concatenate([r.flip for r in rows]), whole[step].flip)
+
+
+def test_a_restart_continues_the_stream():
+    whole = take(StepSampler(50, 1, 12, 4), 30)
+    rest = take(StepSampler(50, 1, 12, 4, start_nimg=36), 21)
+    for a, b in zip(whole[9:], rest, strict=True):
+        assert np.array_equal(a.index, b.index)
+
+
+def test_batches_under_a_trainer():
+    data = ImageDataModule(Digits(), global_batch=64, flip=True)
+    batches = feed(data)
+    assert len(batches) == 3
+    x0, labels, index = batches[1]
+    assert x0.shape == (64, 1, 8, 8)
+    assert x0.dtype is torch.float32
+    assert float(x0.min()) >= -1
+    assert float(x0.max()) <= 1
+    images, expected = data.store[index.numpy()]
+    assert torch.equal(labels, expected)
+    plain = images.float() / 127.5 - 1
+    flips = Order(1797, 0)(np.arange(64, 128)).flip
+    assert torch.equal(x0[torch.from_numpy(flips)], plain[torch.from_numpy(flips)].flip(-1))
+    assert torch.equal(x0[torch.from_numpy(~flips)], plain[torch.from_numpy(~flips)])
+
+
+@pytest.mark.parametrize("changes", [{"num_workers": 2}, {"resident": True}])
+def test_workers_and_residence_change_nothing(changes):
+    plain = feed(ImageDataModule(Digits(), global_batch=32, flip=True))
+    other = feed(ImageDataModule(Digits(), global_batch=32, flip=True, **changes))
+    for a, b in zip(plain, other, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_the_loader_starts_where_the_module_stands():
+    whole = feed(ImageDataModule(Digits(), global_batch=32), steps=4)
+    rest = feed(ImageDataModule(Digits(), global_batch=32), steps=2, nimg=64)
+    assert torch.equal(whole[2].index, rest[0].index)
+    assert torch.equal(whole[3].x0, rest[1].x0)
+
+
+def test_accumulation_follows_from_the_batch():
+    batches = feed(ImageDataModule(Digits(), global_batch=32, micro_batch=8), steps=2)
+    assert len(batches) == 8
+    whole = feed(ImageDataModule(Digits(), global_batch=32), steps=2)
+    assert torch.equal(torch.cat([b.x0 for b in batches[:4]]), whole[0].x0)
+
+
+def test_unconditional_batches_have_no_labels():
+    data = ImageDataModule(Digits(), global_batch=8, conditional=False)
+    assert feed(data, steps=1)[0].labels is None
+    assert data.num_classes == 0
+
+
+def test_plans():
+    data = ImageDataModule(Digits(), global_batch=256, micro_batch=32)
+    assert data.plan(2) == (256, 2, 32, 4)
+    assert data.plan(16) == (256, 16, 16, 1)
+    with pytest.raises(InputError, match="not divisible by 3"):
+        data.plan(3)
+    with pytest.raises(InputError, match="micro_batch 48"):
+        ImageDataModule(Digits(), global_batch=256, micro_batch=48).plan(1)
+
+
+def test_accumulation_by_hand_is_refused():
+    with pytest.raises(InputError, match="micro_batch"):
+        feed(ImageDataModule(Digits(), global_batch=8), steps=1, accumulate_grad_batches=2)
+
+
+@pytest.mark.parametrize("changes", [{"global_batch": 0}, {"micro_batch": 0}, {"num_workers": -1}])
+def test_bad_arguments_are_named(changes):
+    with pytest.raises(InputError, match=next(iter(changes))):
+        ImageDataModule(Digits(), **changes)
