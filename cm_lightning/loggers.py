@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
+import netrc
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
-__all__ = ["KimgWandbLogger", "MetricsCSV", "WandbOptions", "wandb_logger"]
+__all__ = ["KimgWandbLogger", "MetricsCSV", "WandbOptions", "say", "wandb_logger"]
 
 
 class MetricsCSV(Logger):
@@ -110,15 +112,21 @@ class WandbOptions:
 
 
 def has_wandb_key() -> bool:
-    """Whether W&B could log in without asking."""
+    """Whether W&B could log in without asking: a key in the environment or in the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    import wandb
-
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     try:
-        return bool(wandb.api.api_key)
-    except Exception:  # whatever is wrong with the login, offline is the answer
+        return netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
         return False
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """Print one line, on rank 0 alone."""
+    print(message, flush=True)
 
 
 class KimgWandbLogger(WandbLogger):
@@ -133,6 +141,12 @@ class KimgWandbLogger(WandbLogger):
             run.define_metric("kimg")
             run.define_metric("*", step_metric="kimg")
         return run
+
+    @rank_zero_only
+    def finish(self) -> None:
+        """Close the W&B run, if one was started."""
+        if self._experiment is not None:
+            self._experiment.finish()
 
     @rank_zero_only
     def log_picture(self, key: str, picture: np.ndarray, nimg: int) -> None:
@@ -167,7 +181,7 @@ def wandb_logger(
         return None
     offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun")
     if "WANDB_MODE" not in os.environ and not has_wandb_key():
-        rank_zero_info("W&B: no API key found, logging offline; `wandb sync` sends the run later.")
+        say("W&B: no API key found, logging offline; `wandb sync` sends the run later.")
         offline = True
     run_dir.mkdir(parents=True, exist_ok=True)
     return KimgWandbLogger(
@@ -178,5 +192,5 @@ def wandb_logger(
         save_dir=str(run_dir),
         id=run_id,
         resume="allow",
-        offline=offline,
+        mode="offline" if offline else os.environ.get("WANDB_MODE"),
     )

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 
 from cm_lightning.callbacks.ema import EMACallback, find_ema
 from cm_lightning.callbacks.step import StepCallback, check_interval, due, log_metrics
@@ -19,6 +18,7 @@ from cm_lightning.evaluation import (
     reference_statistics,
     to_uint8,
 )
+from cm_lightning.loggers import say
 from cm_lightning.sampling import (
     DEFAULT_SAMPLERS,
     Sampler,
@@ -117,7 +117,7 @@ class FIDCallback(StepCallback):
             if self.required:
                 raise
             self.enabled = False
-            rank_zero_info(f"No {self.features.metric} in this run: {error}")
+            say(f"No {self.features.metric} in this run: {error}")
 
     def _check_profiles(self, ema: EMACallback) -> None:
         for name in self.profiles or []:
@@ -205,7 +205,7 @@ class FIDCallback(StepCallback):
             bad += int((~images.isfinite()).flatten(1).any(1).sum())
             metric.update(to_uint8(images.nan_to_num()), real=False)
         if bad:
-            rank_zero_info(f"{bad} of {len(index)} samples ({sampler.name}) are not finite.")
+            say(f"{bad} of {len(index)} samples ({sampler.name}) are not finite.")
         return float(metric.compute())
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import tempfile
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 
 import cm_lightning.networks  # noqa: F401  (short class names resolve to imported classes)
@@ -29,7 +31,7 @@ from cm_lightning.cli.keys import check_keys
 from cm_lightning.cli.run_dir import RunPlan, plan_run
 from cm_lightning.data import ImageDataModule
 from cm_lightning.ema import ConstantEMA
-from cm_lightning.loggers import MetricsCSV, WandbOptions, wandb_logger
+from cm_lightning.loggers import KimgWandbLogger, MetricsCSV, WandbOptions, wandb_logger
 from cm_lightning.regimes import ConsistencyModule, TrainingStopped
 from cm_lightning.sampling import DEFAULT_SAMPLERS
 from cm_lightning.types import InputError
@@ -127,7 +129,15 @@ class FitCLI(LightningCLI):
             resumed = None if self.plan.checkpoint is None else str(self.plan.checkpoint)
             record = RunRecordCallback(self.plan.config_text, resumed)
             kwargs["callbacks"] += [record, KimgProgress()]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
+            raise InputError(f"The trainer refuses its settings: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())
 
 
 def as_config(leaf: Any) -> dict[str, Any]:
@@ -163,6 +173,7 @@ def quiet() -> None:
     """Silence warnings and notices that tell our users nothing they can act on."""
     import logging
 
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for pattern in (
         ".*does not have many workers.*",
         ".*`IterableDataset` has `__len__` defined.*",
@@ -212,6 +223,10 @@ def fit(cli: FitCLI) -> None:
         trainer.fit(module, cli.datamodule, ckpt_path=plan.checkpoint, weights_only=True)
     except TrainingStopped as error:
         fail(COMMAND, str(error), code=1)
+    finally:
+        for logger in trainer.loggers:
+            if isinstance(logger, KimgWandbLogger):
+                logger.finish()
     if trainer.interrupted:
         fail(COMMAND, "interrupted; the checkpoints written before are kept.", code=130)
     if trainer.is_global_zero:

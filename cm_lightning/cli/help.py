@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 
 __all__ = ["fit_help"]
 
@@ -70,5 +71,5 @@ def fit_help() -> str:
             and cls is not ConsistencyModule
         ):
             first = (inspect.getdoc(cls) or "").splitlines()[0]
-            lines.append(f"{name:<10} {first}")
+            lines.append(f"{name:<10} {textwrap.shorten(first, 66, placeholder=' ...')}")
     return _TEXT.replace("{regimes}", ("\n" + " " * 22).join(lines))

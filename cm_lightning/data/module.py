@@ -226,7 +226,7 @@ class ImageDataModule(L.LightningDataModule):
         )
         device = self.trainer.strategy.root_device
         if self.resident and self._resident is None:
-            self._resident = torch.from_numpy(self.store.images[:]).to(device)
+            self._resident = torch.from_numpy(self.store.images.copy()).to(device)
         return DataLoader(
             _StoreDataset(self.store, bool(self.num_classes), images=not self.resident),
             sampler=sampler,

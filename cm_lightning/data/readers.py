@@ -124,8 +124,6 @@ class IDX(Source):
         wanted = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
         if self.download and _find(root, wanted[0]) is None:
             root = _download_fashion_mnist(root)
-        elif self.download and _find(root, wanted[0]) is None:
-            root = root / "FashionMNIST" / "raw"
         if not root.is_dir():
             raise InputError(f"data.source.root: there is no folder {root}.")
         images, labels = (_find(root, name) for name in wanted)

@@ -220,7 +220,9 @@ def check_weights(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], where
     """
     for name in own:
         if name not in loaded:
-            raise InputError(f"{where} lacks '{name}', which the config's network has.")
+            raise InputError(
+                f"{where} is of another network: it lacks '{name}', which the config's has."
+            )
         if own[name].shape != loaded[name].shape:
             raise InputError(
                 f"{where} is of another network: '{name}' has shape {tuple(loaded[name].shape)} "

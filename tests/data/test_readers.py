@@ -135,6 +135,6 @@ def test_download_is_refused_offline(tmp_path):
 
 
 def test_download_uses_what_torchvision_left(tmp_path):
-    write_idx(tmp_path / "FashionMNIST" / "raw") if (tmp_path / "FashionMNIST").mkdir() else None
+    (tmp_path / "FashionMNIST").mkdir()
     write_idx(tmp_path / "FashionMNIST" / "raw")
     assert IDX(str(tmp_path), download=True).read()[0].shape == (20, 6, 6, 1)

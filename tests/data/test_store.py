@@ -81,7 +81,7 @@ def test_damage_is_seen(tmp_path):
     with pytest.raises(InputError, match="fingerprint"):
         ImageStore(tmp_path / "s").verify()
     (tmp_path / "s" / "store.json").write_text("{")
-    with pytest.raises(InputError, match="store.json"):
+    with pytest.raises(InputError, match=r"store\.json"):
         ImageStore(tmp_path / "s")
     with pytest.raises(InputError, match="not an image store"):
         ImageStore(tmp_path / "nowhere")

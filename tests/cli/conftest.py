@@ -1,0 +1,52 @@
+"""Running the command-line programs inside the test process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DIGITS = str(ROOT / "configs" / "ect_digits.yaml")
+TINY = str(ROOT / "tests" / "tiny.yaml")
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """``program("cm-fit", "--config", ...)`` runs as from a shell; returns code, stdout, stderr."""
+
+    def run(name: str, *arguments: object) -> Done:
+        from cm_lightning.cli import fit, sample
+
+        main = {"cm-fit": fit.main, "cm-sample": sample.main}[name]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Done(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def fit(program):
+    """Train the digits config, shrunk to seconds."""
+
+    def run(run_dir: Path, *arguments: object) -> Done:
+        return program(
+            "cm-fit", "--config", DIGITS, "--config", TINY, "--run_dir", run_dir, *arguments
+        )
+
+    return run

@@ -1,0 +1,190 @@
+"""Mistakes end in one sentence and exit code 2, before anything is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.data.test_readers import write_idx
+
+BACKBONE = "--model.denoiser.backbone"
+SIGMAS = "[{class_path: MultistepSampler, init_args: {sigmas: %s}}]"
+
+MISTAKES = {
+    "unknown nested key": (
+        ["--model.discretization.kimg_per_stag", 3],
+        "did you mean 'model.discretization.kimg_per_stage'",
+    ),
+    "unknown model key": (["--model.total_king", 3], "did you mean 'model.total_kimg'"),
+    "abbreviation": (["--model.learning_rate.ramp", 3], "'model.learning_rate.ramp_kimg'"),
+    "unknown trainer key": (["--trainer.max_step", 3], "'trainer.max_steps'"),
+    "unknown group": (["--modle.total_kimg", 3], "did you mean 'model'"),
+    "wrong type": (["--model.discretization.q", "two"], "model.discretization.q must be of type"),
+    "unknown class": (["--model.distance", "L3"], "there is no class 'L3'"),
+    "range": (["--model.discretization.q", 0.5], "q must be greater than 1, got 0.5"),
+    "negative length": (["--model.total_kimg", -1], "total_kimg must be positive"),
+    "missing config": (["--config", "nofile.yaml"], "no config file nofile.yaml"),
+    "missing folder": (["--data.source", "IDX", "--data.source.root", "/nowhere"], "no folder"),
+    "resolution": (["--data.resolution", 12], "the network takes (1, 8, 8)"),
+    "network size": ([BACKBONE + ".img_resolution", 7, BACKBONE + ".channel_mult", "[1,1]"], "7"),
+    "classes": ([BACKBONE + ".label_dim", 3], "10 classes"),
+    "unconditional network": ([BACKBONE + ".label_dim", 0], "built for 0"),
+    "negative sigma": (["--fid.samplers", SIGMAS % [-1]], "positive and finite, got -1"),
+    "rising sigmas": (["--fid.samplers", SIGMAS % [1, 2]], "decrease, got 1 followed by 2"),
+    "seed": (["--seed_everything", -1], "seed_everything"),
+    "batch": (["--data.global_batch", 0], "data.global_batch"),
+    "micro batch": (["--data.micro_batch", 48], "does not divide"),
+    "accumulation": (["--trainer.accumulate_grad_batches", 3], "data.micro_batch"),
+    "profile": (["--fid.profiles", "[ema_0.5]"], "ema_0.5"),
+    "ema": (["--ema.profiles", "[{class_path: ConstantEMA, init_args: {rate: 2}}]"], "[0, 1)"),
+    "checkpoint": (["--resume", "nofile.ckpt"], "no file nofile.ckpt"),
+    "no such device": (["--trainer.accelerator", "abacus"], "abacus"),
+    "reference": (["--fid.reference", "nofile.npz"], "nofile.npz"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes(fit, tmp_path, case, monkeypatch):
+    arguments, words = MISTAKES[case]
+    monkeypatch.chdir(tmp_path)
+    done = fit(tmp_path / "run", *arguments)
+    assert done.code == 2
+    message = done.err.strip().splitlines()[-1]
+    assert message.startswith("cm-fit: error: ")
+    assert words in message
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: [", "not valid YAML"),
+        ("- 1", "not a config"),
+        (
+            "model: {class_path: ECT, init_args: {totl_kimg: 3}}",
+            "'model.init_args.totl_kimg' of ECT",
+        ),
+        ("data: {source: Digits, batch: 3}", "'data.batch' of ImageDataModule"),
+    ],
+)
+def test_mistakes_in_files(fit, tmp_path, text, words):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    done = fit(tmp_path / "run", "--config", path)
+    assert done.code == 2
+    assert words in done.err
+    assert str(path) in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_data(fit, tmp_path):
+    write_idx(tmp_path / "set")
+    path = tmp_path / "set" / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    source = ("--data.source", "IDX", "--data.source.root", tmp_path / "set")
+    done = fit(tmp_path / "run", *source)
+    assert done.code == 2
+    assert "truncated" in done.err
+    write_idx(tmp_path / "set", images=np.full((20, 6, 6), np.nan), code=0x0D)
+    done = fit(tmp_path / "run", *source)
+    assert done.code == 2
+    assert "NaN" in done.err
+    write_idx(tmp_path / "set", images=np.zeros((0, 6, 6)), labels=np.zeros(0))
+    done = fit(tmp_path / "run", *source)
+    assert done.code == 2
+    assert "no images" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """A short finished run, made once."""
+    import sys
+
+    from cm_lightning.cli import fit
+    from tests.cli.conftest import DIGITS, TINY
+
+    path = tmp_path_factory.mktemp("runs") / "run"
+    patch = pytest.MonkeyPatch()
+    words = ["--config", DIGITS, "--config", TINY, "--run_dir", str(path)]
+    patch.setattr(sys, "argv", ["cm-fit", *words, "--trainer.max_steps", "5"])
+    patch.setenv("CM_HOME", str(tmp_path_factory.mktemp("home")))
+    fit.main()
+    patch.undo()
+    return path
+
+
+def content(path: Path) -> dict:
+    return {p: p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.discretization.q", 4], "model.init_args.discretization.init_args.q: 2.0 -> 4.0"),
+        (["--seed_everything", 1], "seed_everything: 0 -> 1"),
+        (["--model.total_kimg", 3], "total_kimg: 0.64 -> 3.0"),
+        (["--data.flip", "false"], "data.flip: True -> False"),
+    ],
+)
+def test_a_directory_of_another_config_is_left_alone(fit, run_dir, arguments, words):
+    before = content(run_dir)
+    done = fit(run_dir, *arguments)
+    assert done.code == 2
+    assert "different config" in done.err
+    assert words in done.err
+    assert content(run_dir) == before
+
+
+def test_a_directory_that_is_no_run(fit, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    done = fit(tmp_path / "run")
+    assert done.code == 2
+    assert "not a run" in done.err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_checkpoints_that_do_not_fit(fit, run_dir, tmp_path):
+    good = next((run_dir / "checkpoints").iterdir())
+    done = fit(tmp_path / "run", "--resume", good, BACKBONE + ".num_blocks", 2)
+    assert done.code == 2
+    assert "another network" in done.err
+    bad = tmp_path / "torn.ckpt"
+    bad.write_bytes(good.read_bytes()[:1000])
+    assert "damaged" in fit(tmp_path / "run", "--resume", bad).err
+    foreign = tmp_path / "foreign.ckpt"
+    torch.save({"state_dict": {}}, foreign)
+    assert "not written by cm_lightning" in fit(tmp_path / "run", "--resume", foreign).err
+    write_idx(tmp_path / "set", images=np.zeros((20, 8, 8)), labels=np.arange(20) % 10)
+    source = ("--data.source", "IDX", "--data.source.root", tmp_path / "set")
+    done = fit(tmp_path / "run", "--resume", good, *source)
+    assert done.code == 2
+    assert "fingerprint" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pickle_that_would_run_code_is_not_run(fit, program, tmp_path):
+    canary = tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (canary,))
+
+    path = tmp_path / "evil.ckpt"
+    torch.save({"cm_lightning": Evil()}, path)
+    done = fit(tmp_path / "run", "--resume", path)
+    assert done.code == 2
+    assert "not plain data" in done.err
+    assert not canary.exists()
+
+
+def test_checkpoints_are_plain_data(run_dir):
+    for path in (run_dir / "checkpoints").iterdir():
+        checkpoint = torch.load(path, weights_only=True)
+        json.dumps(checkpoint["cm_lightning"])

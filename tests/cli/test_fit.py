@@ -1,0 +1,197 @@
+"""cm-fit from end to end: a run, its directory, exact resume, check, help."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+import yaml
+
+PROFILES = ["ema_0.9", "ema_halflife0.3k", "ema_std0.100"]
+
+
+def rows(run_dir) -> list[dict]:
+    """metrics.csv without what depends on the clock on the wall."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return [
+            {
+                key: value
+                for key, value in row.items()
+                if not key.startswith(("speed/", "memory/", "time/"))
+            }
+            for row in csv.DictReader(file)
+        ]
+
+
+def load(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(a, b, where="") -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for number, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{where}.{number}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def test_a_run_and_its_directory(fit, tmp_path):
+    run = tmp_path / "run"
+    done = fit(run)
+    assert done.code == 0, done.err
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "metrics.csv",
+        "run.json",
+        "samples",
+        "weights",
+    }
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+        "nimg000000000320.ckpt",
+        "nimg000000000640.ckpt",
+    ]
+    assert "0.64 kimg" in done.out
+    assert str(run / "metrics.csv") in done.out
+    record = json.loads((run / "run.json").read_text())
+    assert record["regime"] == "ECT"
+    assert record["results"]["kimg"] == 0.64
+    keys = {f"fd_digits66/{name}/nfe{k}" for name in PROFILES for k in (1, 2)}
+    assert record["results"]["last"].keys() == keys
+    logged = rows(run)
+    assert [row["kimg"] for row in logged if row["loss"]] == ["0.192", "0.384", "0.576", "0.64"]
+    assert all(float(row["loss"]) > 0 for row in logged if row["loss"])
+    assert [row["kimg"] for row in logged if row["fd_digits66/ema_0.9/nfe1"]] == ["0.32", "0.64"]
+    pictures = sorted(path.relative_to(run).as_posix() for path in run.rglob("*.png"))
+    assert pictures == [
+        f"samples/ema_0.9/nfe{k}/kimg000000.{kimg}.png" for k in (1, 2) for kimg in (32, 64)
+    ]
+    assert sorted(p.name for p in (run / "weights").iterdir()) == PROFILES
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["total_kimg"] == 0.64
+
+
+def test_ten_steps_are_five_and_five_bit_for_bit(fit, tmp_path):
+    """Weights, three averages, optimizer, sampler, dropout, accumulation, logs."""
+    assert fit(tmp_path / "a").code == 0
+    assert fit(tmp_path / "b", "--trainer.max_steps", 5).code == 0
+    done = fit(tmp_path / "b")
+    assert done.code == 0, done.err
+    assert "Resuming from" in done.out
+    assert "nimg000000000320.ckpt" in done.out
+    for name in ("nimg000000000320.ckpt", "nimg000000000640.ckpt"):
+        a, b = (load(tmp_path / run / "checkpoints" / name) for run in "ab")
+        for part in ("state_dict", "optimizer_states", "callbacks", "cm_lightning"):
+            assert_same(a[part], b[part], part)
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    for k in (1, 2):
+        name = f"samples/ema_0.9/nfe{k}/kimg000000.64.png"
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    starts = json.loads((tmp_path / "b" / "run.json").read_text())["starts"]
+    assert [start["kimg"] for start in starts] == [0.0, 0.32]
+
+
+def test_a_resumed_run_drops_rows_after_its_checkpoint(fit, tmp_path):
+    assert fit(tmp_path / "a").code == 0
+    whole = rows(tmp_path / "a")
+    (tmp_path / "a" / "checkpoints" / "nimg000000000640.ckpt").unlink()
+    assert fit(tmp_path / "a").code == 0
+    assert rows(tmp_path / "a") == whole
+
+
+def test_accumulation_does_not_change_the_run(fit, tmp_path):
+    off = ("--model.denoiser.backbone.dropout", 0, "--trainer.max_steps", 5)
+    assert fit(tmp_path / "a", *off).code == 0
+    assert fit(tmp_path / "b", *off, "--data.micro_batch", 64).code == 0
+    a, b = (load(tmp_path / run / "checkpoints" / "nimg000000000320.ckpt") for run in "ab")
+    for name, value in a["state_dict"].items():
+        torch.testing.assert_close(value, b["state_dict"][name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_finished_run_is_left_alone(fit, tmp_path):
+    assert fit(tmp_path / "a").code == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
+    done = fit(tmp_path / "a")
+    assert done.code == 0
+    assert "is complete" in done.out
+    assert {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()} == before
+
+
+def test_never_refuses_an_existing_run(fit, tmp_path):
+    assert fit(tmp_path / "a", "--trainer.max_steps", 1).code == 0
+    done = fit(tmp_path / "a", "--resume", "never")
+    assert done.code == 2
+    assert "already holds a run" in done.err
+
+
+def test_continue_from_a_named_checkpoint_elsewhere(fit, tmp_path):
+    assert fit(tmp_path / "a").code == 0
+    checkpoint = tmp_path / "a" / "checkpoints" / "nimg000000000320.ckpt"
+    done = fit(tmp_path / "b", "--resume", checkpoint)
+    assert done.code == 0, done.err
+    a, b = (load(tmp_path / run / "checkpoints" / "nimg000000000640.ckpt") for run in "ab")
+    assert_same(a["state_dict"], b["state_dict"])
+
+
+def test_the_saved_config_repeats_the_run(fit, program, tmp_path):
+    assert fit(tmp_path / "a").code == 0
+    done = program(
+        "cm-fit", "--config", tmp_path / "a" / "config.yaml", "--run_dir", tmp_path / "b"
+    )
+    assert done.code == 0, done.err
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+
+
+def test_check_writes_nothing_and_says_what_is_needed(fit, tmp_path, monkeypatch):
+    monkeypatch.setenv("CM_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    done = fit(tmp_path / "run", "--check")
+    assert done.code == 0, done.err
+    assert list(tmp_path.iterdir()) == []
+    for word in ("parameters", "memory", "kimg", "steps", "fd_digits", "Nothing was written"):
+        assert word in done.out
+
+
+def test_help_fits_a_screen_and_names_the_regimes(program):
+    done = program("cm-fit", "--help")
+    assert done.code == 0
+    assert len(done.out.splitlines()) < 75
+    assert max(map(len, done.out.splitlines())) <= 100
+    for word in ("--config", "--resume", "--check", "--print_config", "ECT", "Diffusion"):
+        assert word in done.out
+
+
+def test_printed_config_is_complete(program):
+    from tests.cli.conftest import DIGITS
+
+    done = program("cm-fit", "--config", DIGITS, "--print_config")
+    assert done.code == 0
+    config = yaml.safe_load(done.out)
+    assert config["model"]["init_args"]["discretization"]["init_args"]["k"] == 8.0
+    assert config["fid"]["samplers"][1]["init_args"]["sigmas"] == [80.0, 0.821]
+    assert "Unable to serialize" not in done.err
+
+
+@pytest.mark.parametrize("key", ["", "offline"])
+def test_wandb_without_a_key_goes_offline_and_never_asks(fit, tmp_path, monkeypatch, key):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    if key:
+        monkeypatch.setenv("WANDB_MODE", key)
+    else:
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+    done = fit(tmp_path / "run", "--wandb.project", "test", "--trainer.max_steps", 5)
+    assert done.code == 0, done.err
+    assert ("no API key" in done.out + done.err) == (not key)
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["wandb_id"]
