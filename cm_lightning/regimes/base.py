@@ -146,7 +146,7 @@ class ConsistencyModule(L.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.nimg += self.global_batch
         self._micro_step = 0
-        if self.trainer.global_step % _STREAK_INTERVAL == 0:
+        if self.nimg // self.global_batch % _STREAK_INTERVAL == 0:
             self._check_streak()
         if self.nimg >= self.total_nimg:
             self.trainer.should_stop = True

@@ -1,0 +1,113 @@
+"""The EMA callback: what it averages, lends, stores and leaves alone."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+
+from cm_lightning.callbacks import EMACallback, StepCallback
+from cm_lightning.data import Digits, ImageDataModule
+from cm_lightning.ema import ConstantEMA, HalfLifeEMA, PowerEMA
+from cm_lightning.regimes import ECT
+from cm_lightning.types import InputError
+from tests.toys import TinyDenoiser
+
+PROFILES = (ConstantEMA(0.9), HalfLifeEMA(0.5), PowerEMA(0.1))
+
+
+class Watch(StepCallback):
+    """Remembers the weights after every optimizer step."""
+
+    def __init__(self) -> None:
+        self.weights, self.clock = [], []
+
+    def on_step(self, trainer, pl_module, before, after):
+        self.weights.append([p.detach().clone() for p in pl_module.denoiser.parameters()])
+        self.clock.append((before, after))
+
+
+def train(*callbacks, steps: int = 5, micro: int | None = None) -> ECT:
+    torch.manual_seed(0)
+    module = ECT(TinyDenoiser(), total_kimg=steps * 32 / 1000)
+    data = ImageDataModule(Digits(), global_batch=32, micro_batch=micro, conditional=False)
+    L.Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=list(callbacks),
+    ).fit(module, data)
+    return module
+
+
+@pytest.mark.parametrize("micro", [None, 8])
+def test_averages_are_the_formula_after_every_optimizer_step(micro):
+    watch, ema = Watch(), EMACallback(PROFILES)
+    start = [p.detach().clone() for p in _start().parameters()]
+    train(ema, watch, micro=micro)
+    assert watch.clock == [(32 * k, 32 * (k + 1)) for k in range(5)]
+    for profile in PROFILES:
+        expected = [w.double() for w in start]
+        for weights, (before, _) in zip(watch.weights, watch.clock, strict=True):
+            beta = profile.beta(before, 32)
+            expected = [
+                beta * e + (1 - beta) * w.double() for e, w in zip(expected, weights, strict=True)
+            ]
+        for value, e in zip(ema.averages[profile.name].values(), expected, strict=True):
+            torch.testing.assert_close(value.double(), e, rtol=1e-5, atol=1e-7)
+
+
+def _start() -> TinyDenoiser:
+    torch.manual_seed(0)
+    return TinyDenoiser()
+
+
+def test_lending_exchanges_and_gives_back():
+    ema = EMACallback((ConstantEMA(0.9),))
+    module = train(ema)
+    live = [p.detach().clone() for p in module.denoiser.parameters()]
+
+    def borrow() -> None:
+        with ema.lend(module.denoiser, "ema_0.9"):
+            for p, average in zip(
+                module.denoiser.parameters(), ema.averages["ema_0.9"].values(), strict=True
+            ):
+                assert torch.equal(p, average)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        borrow()
+    assert all(torch.equal(a, b) for a, b in zip(live, module.denoiser.parameters(), strict=True))
+    with ema.lend(module.denoiser, "live"):
+        pass
+    with pytest.raises(InputError, match=r"ema_0\.9"), ema.lend(module.denoiser, "ema_1"):
+        pass
+
+
+def test_frozen_parameters_and_buffers_are_left_out():
+    class Partly(TinyDenoiser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model.first.requires_grad_(False)
+            self.register_buffer("count", torch.zeros(1))
+
+    torch.manual_seed(0)
+    ema, module = EMACallback(), ECT(Partly(), total_kimg=1)
+    ema.on_start(None, module)
+    assert set(ema.averages["ema_0.9999"]) == {"model.last.weight", "model.last.bias"}
+
+
+@pytest.mark.parametrize("profiles", [[], [ConstantEMA(0.9), ConstantEMA(0.9)]])
+def test_profiles_must_exist_and_differ(profiles):
+    with pytest.raises(InputError, match=r"ema\.profiles"):
+        EMACallback(profiles)
+
+
+def test_a_profile_missing_in_the_checkpoint_is_named():
+    ema = EMACallback((PowerEMA(0.1),))
+    with pytest.raises(InputError, match=r"ema_std0\.100"):
+        ema.load_state_dict({"averages": {"ema_0.9": {}}})
