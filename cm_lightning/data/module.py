@@ -212,7 +212,11 @@ class ImageDataModule(L.LightningDataModule):
             self.trainer.accumulate_grad_batches = plan.accumulation
 
     def train_dataloader(self) -> DataLoader[RawBatch]:
-        """Endless micro-batches of this rank, starting at the module's count of images."""
+        """Endless micro-batches of this rank, starting at the module's count of images.
+
+        Raises:
+            InputError: If the images seen so far are not whole global batches.
+        """
         assert self.trainer is not None
         plan = self.plan(self.trainer.world_size)
         sampler = StepSampler(
@@ -225,7 +229,7 @@ class ImageDataModule(L.LightningDataModule):
             start_nimg=getattr(self.trainer.lightning_module, "nimg", 0),
         )
         device = self.trainer.strategy.root_device
-        if self.resident and self._resident is None:
+        if self.resident and (self._resident is None or self._resident.device != device):
             self._resident = torch.from_numpy(self.store.images.copy()).to(device)
         return DataLoader(
             _StoreDataset(self.store, bool(self.num_classes), images=not self.resident),

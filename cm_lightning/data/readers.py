@@ -79,11 +79,18 @@ class IDX(Source):
         root: The folder.
         split: ``"train"`` or ``"test"`` (files that begin with ``t10k``).
         download: Fetch Fashion-MNIST into ``root`` if its files are not there.
+
+    Raises:
+        InputError: If the split has another name.
     """
 
     root: str
     split: Literal["train", "test"] = "train"
     download: bool = False
+
+    def __post_init__(self) -> None:
+        if self.split not in ("train", "test"):
+            raise InputError(f"data.source.split must be train or test, got {self.split}.")
 
     @property
     def name(self) -> str:
@@ -106,11 +113,15 @@ class IDX(Source):
             raise InputError(
                 f"{images_path} must hold images (3 or 4 dimensions), not {images.ndim}."
             )
-        if not len(images):
-            raise InputError(f"{images_path} holds no images.")
+        if not images.size:
+            raise InputError(f"{images_path} holds no images: its shape is {images.shape[:-1]}.")
         if labels_path is None:
             return images, None
         labels = read_idx(labels_path)
+        if labels.dtype != np.uint8:
+            raise InputError(
+                f"{labels_path} must hold labels as bytes, not as {labels.dtype.name}."
+            )
         if labels.shape != (len(images),):
             raise InputError(
                 f"{labels_path} holds labels of shape {labels.shape} for the {len(images)} images "
@@ -123,7 +134,7 @@ class IDX(Source):
         prefix = "train" if self.split == "train" else "t10k"
         wanted = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
         if self.download and _find(root, wanted[0]) is None:
-            root = _download_fashion_mnist(root)
+            root = _download_fashion_mnist(root, wanted[0])
         if not root.is_dir():
             raise InputError(f"data.source.root: there is no folder {root}.")
         images, labels = (_find(root, name) for name in wanted)
@@ -184,11 +195,11 @@ def _find(root: Path, name: str) -> Path | None:
     return None
 
 
-def _download_fashion_mnist(root: Path) -> Path:
+def _download_fashion_mnist(root: Path, wanted: str) -> Path:
     import os
 
     folder = root / "FashionMNIST" / "raw"
-    if folder.is_dir():
+    if _find(folder, wanted) is not None:
         return folder
     if os.environ.get("CM_OFFLINE", "0") not in ("", "0"):
         raise InputError(f"Fashion-MNIST is not in {root}, and CM_OFFLINE forbids downloading it.")
@@ -197,7 +208,8 @@ def _download_fashion_mnist(root: Path) -> Path:
     try:
         FashionMNIST(str(root), download=True)
     except (OSError, RuntimeError) as error:
-        raise InputError(f"Fashion-MNIST could not be downloaded to {root}: {error}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"Fashion-MNIST could not be downloaded to {root}: {reason}.") from error
     return folder
 
 

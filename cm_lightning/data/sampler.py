@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
+from cm_lightning.types import InputError
+
 __all__ = ["Order", "Rows", "StepSampler"]
 
 
@@ -78,6 +80,9 @@ class StepSampler(Sampler[Rows]):
         rank: k.
         world: W.
         start_nimg: Images seen before, a multiple of G.
+
+    Raises:
+        InputError: If ``start_nimg`` is no multiple of G.
     """
 
     def __init__(
@@ -91,7 +96,11 @@ class StepSampler(Sampler[Rows]):
         start_nimg: int = 0,
     ) -> None:
         assert global_batch % (micro_batch * world) == 0
-        assert start_nimg % global_batch == 0
+        if start_nimg % global_batch:
+            raise InputError(
+                f"data.global_batch {global_batch} does not divide the {start_nimg} images seen so "
+                "far: resume with the global batch of the run."
+            )
         self.order = Order(size, seed)
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world, self.start_nimg = rank, world, start_nimg

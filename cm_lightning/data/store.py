@@ -7,10 +7,11 @@ import json
 import os
 import shutil
 import uuid
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cm_lightning.types import InputError
+from cm_lightning.version import __version__
 
 __all__ = ["ImageStore", "Resize", "default_cache", "store_path", "to_float", "write_store"]
 
@@ -46,7 +48,7 @@ class Resize:
         fill: Grey level of the canvas.
 
     Raises:
-        InputError: If the resolution is not positive.
+        InputError: If the resolution is not positive, or the mode or grey level does not exist.
     """
 
     resolution: int | None = None
@@ -56,6 +58,10 @@ class Resize:
     def __post_init__(self) -> None:
         if self.resolution is not None and self.resolution < 1:
             raise InputError(f"data.resolution must be positive or null, got {self.resolution}.")
+        if self.mode not in ("pad", "resize"):
+            raise InputError(f"data.resize must be pad or resize, got {self.mode}.")
+        if not 0 <= self.fill <= 255:
+            raise InputError(f"The fill of Resize must lie in 0 to 255, got {self.fill}.")
 
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Apply to ``(N, H, W, C)``; returns ``(N, R, R, C)``.
@@ -117,7 +123,7 @@ class ImageStore:
         self.labels: npt.NDArray[np.int64] | None = None
         if self.info["num_classes"]:
             self.labels = np.asarray(_load(self.path / "labels.npy"))
-            if self.labels.shape != (len(images),):
+            if self.labels.shape != (len(images),) or self.labels.dtype != np.int64:
                 raise InputError(f"{self.path / 'labels.npy'} is not what store.json describes.")
 
     @property
@@ -182,9 +188,9 @@ def write_store(
         transform: Applied to the images.
 
     Raises:
-        InputError: If there are no images or the labels do not fit.
+        InputError: If there are no images, the labels do not fit, or no folder can be made there.
     """
-    if not len(images):
+    if not images.size:
         raise InputError("The data source holds no images.")
     if labels is not None and (labels.shape != (len(images),) or labels.min() < 0):
         raise InputError(
@@ -195,6 +201,7 @@ def write_store(
     counts = [] if labels is None else np.bincount(labels).tolist()
     info = {
         "format": FORMAT,
+        "library": __version__,
         "source": dict(source),
         "transform": asdict(transform),
         "shape": list(images.shape),
@@ -202,17 +209,23 @@ def write_store(
         "histogram": counts,
         "fingerprint": compute_fingerprint(images, labels),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        partial.mkdir()
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            f"No image store can be made in {path.parent} ({error.strerror}): set data.cache to a "
+            "folder that can be written."
+        ) from error
+    try:
         arrays = {"images.npy": images} | ({} if labels is None else {"labels.npy": labels})
         for name, array in arrays.items():
             with (partial / name).open("wb") as file:
                 np.save(file, array, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-        (partial / "store.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+                _flush(file)
+        with (partial / "store.json").open("wb") as file:
+            file.write(json.dumps(info, indent=2).encode() + b"\n")
+            _flush(file)
         try:
             partial.rename(path)
         except OSError:
@@ -241,12 +254,19 @@ def compute_fingerprint(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.in
     return digest.hexdigest()
 
 
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def _read_info(path: Path) -> dict[str, Any]:
     try:
         info = json.loads((path / "store.json").read_text(encoding="utf-8"))
         complete = {"format", "shape", "num_classes", "fingerprint"} <= info.keys()
     except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not an image store: store.json cannot be read.") from error
+        raise InputError(
+            f"{path} is not an image store, store.json cannot be read: delete it to rebuild."
+        ) from error
     if not complete or info["format"] != FORMAT:
         raise InputError(f"{path / 'store.json'} is of another version or incomplete.")
     return dict(info)
@@ -255,7 +275,7 @@ def _read_info(path: Path) -> dict[str, Any]:
 def _load(path: Path, mmap: bool = False) -> npt.NDArray[Any]:
     try:
         return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)  # type: ignore[no-any-return]
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path} is missing or damaged: delete {path.parent} to rebuild."
         ) from error

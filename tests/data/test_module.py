@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import lightning as L
 import numpy as np
 import pytest
 import torch
 
-from cm_lightning.data import Digits, ImageDataModule, Order, StepSampler
+from cm_lightning.data import Digits, ImageDataModule, Order, Source, StepSampler
 from cm_lightning.types import InputError
 
 
@@ -58,6 +60,13 @@ def test_coins_are_fair_and_fixed():
     flips = Order(1000, seed=0)(np.arange(20_000)).flip
     assert flips.mean() == pytest.approx(0.5, abs=0.02)
     assert np.array_equal(Order(1000, seed=0)(np.arange(20_000)).flip, flips)
+
+
+def test_order_and_coins_come_from_separate_streams():
+    rows = Order(1000, seed=5)(np.arange(1000, 2000))
+    streams = [np.random.default_rng(np.random.SeedSequence((5, 1, k))) for k in (0, 1)]
+    assert np.array_equal(rows.index, streams[0].permutation(1000))
+    assert np.array_equal(rows.flip, streams[1].random(1000) < 0.5)
 
 
 def take(sampler: StepSampler, n: int) -> list:
@@ -120,6 +129,11 @@ def test_the_loader_starts_where_the_module_stands():
     assert torch.equal(whole[3].x0, rest[1].x0)
 
 
+def test_a_resumed_run_keeps_its_global_batch():
+    with pytest.raises(InputError, match=r"data\.global_batch 48 does not divide the 64 images"):
+        feed(ImageDataModule(Digits(), global_batch=48), steps=1, nimg=64)
+
+
 def test_accumulation_follows_from_the_batch():
     batches = feed(ImageDataModule(Digits(), global_batch=32, micro_batch=8), steps=2)
     assert len(batches) == 8
@@ -152,3 +166,68 @@ def test_accumulation_by_hand_is_refused():
 def test_bad_arguments_are_named(changes):
     with pytest.raises(InputError, match=next(iter(changes))):
         ImageDataModule(Digits(), **changes)
+
+
+def attach(data: ImageDataModule, rank: int = 0, world: int = 1, device: str = "cpu") -> None:
+    data.trainer = SimpleNamespace(
+        world_size=world,
+        global_rank=rank,
+        accumulate_grad_batches=1,
+        lightning_module=Recorder(),
+        strategy=SimpleNamespace(root_device=torch.device(device)),
+    )
+
+
+def test_ranks_share_a_step():
+    whole = feed(ImageDataModule(Digits(), global_batch=16, micro_batch=4), steps=1)
+    for rank in (0, 1):
+        data = ImageDataModule(Digits(), global_batch=16, micro_batch=4)
+        attach(data, rank, world=2)
+        data.prepare_data()
+        data.setup()
+        assert data.trainer.accumulate_grad_batches == 2
+        for batch, expected in zip(data.train_dataloader(), whole[rank::2], strict=False):
+            assert torch.equal(batch.index, expected.index)
+
+
+def test_resident_images_follow_the_device():
+    data = ImageDataModule(Digits(), resident=True)
+    data.prepare_data()
+    for device in ("cpu", "meta"):
+        attach(data, device=device)
+        data.setup()
+        data.train_dataloader()
+        assert data._resident.device.type == device
+
+
+class Blank(Source):
+    """Six dark images without labels; counts how often it is read."""
+
+    reads = 0
+    name = "blank"
+
+    def identity(self):
+        return {"source": "blank"}
+
+    def read(self):
+        self.reads += 1
+        return np.zeros((6, 4, 4, 1), np.uint8), None
+
+
+def test_a_source_is_read_once_per_transform(tmp_path):
+    source = Blank()
+    for resolution, shape in ((None, (1, 4, 4)), (None, (1, 4, 4)), (8, (1, 8, 8))):
+        data = ImageDataModule(
+            source, resolution=resolution, conditional=False, cache=str(tmp_path)
+        )
+        data.prepare_data()
+        data.setup()
+        assert data.image_shape == shape
+    assert source.reads == 2
+
+
+def test_labels_cannot_be_invented(tmp_path):
+    data = ImageDataModule(Blank(), cache=str(tmp_path))
+    data.prepare_data()
+    with pytest.raises(InputError, match=r"data\.conditional is true, but blank has no labels"):
+        data.setup()

@@ -102,6 +102,11 @@ BAD = {
         "no images",
     ),
     "flat": (lambda r: write_idx(r, images=np.zeros((20, 36))), "dimensions"),
+    "no pixels": (lambda r: write_idx(r, images=np.zeros((20, 0, 0))), "no images"),
+    "float labels": (
+        lambda r: (r / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.ones(20), 0x0D)),
+        "labels as bytes",
+    ),
     "missing": (lambda r: (r / "train-images-idx3-ubyte").unlink(), "has no train-images"),
 }
 
@@ -138,3 +143,32 @@ def test_download_uses_what_torchvision_left(tmp_path):
     (tmp_path / "FashionMNIST").mkdir()
     write_idx(tmp_path / "FashionMNIST" / "raw")
     assert IDX(str(tmp_path), download=True).read()[0].shape == (20, 6, 6, 1)
+
+
+def test_an_interrupted_download_is_taken_up_again(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    monkeypatch.delenv("CM_OFFLINE")
+    monkeypatch.setattr(
+        torchvision.datasets, "FashionMNIST", lambda root, download: write_idx(raw, zipped=True)
+    )
+    assert IDX(str(tmp_path), download=True).read()[0].shape == (20, 6, 6, 1)
+
+
+def test_a_failed_download_is_one_sentence(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    def fail(root, download):
+        raise RuntimeError("no\nnetwork.")
+
+    monkeypatch.delenv("CM_OFFLINE")
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", fail)
+    with pytest.raises(InputError, match=r"could not be downloaded to .*: no network\.$"):
+        IDX(str(tmp_path), download=True).read()
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(InputError, match=r"data\.source\.split must be train or test, got val"):
+        IDX("somewhere", split="val")

@@ -130,3 +130,40 @@ def test_resizing_is_antialiased():
 def test_images_that_do_not_fit(transform, words):
     with pytest.raises(InputError, match=words):
         transform(np.zeros((1, 4, 6, 1), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [((0,), "resolution"), ((8, "crop"), "pad or resize, got crop"), ((8, "pad", 256), "fill")],
+)
+def test_transforms_that_do_not_exist(options, words):
+    with pytest.raises(InputError, match=words):
+        Resize(*options)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive"])
+def test_files_that_are_no_arrays(tmp_path, content):
+    make(tmp_path / "s")
+    (tmp_path / "s" / "images.npy").write_bytes(content)
+    with pytest.raises(InputError, match=r"delete .* to rebuild"):
+        ImageStore(tmp_path / "s")
+
+
+def test_images_of_another_shape(tmp_path):
+    make(tmp_path / "s")
+    np.save(tmp_path / "s" / "images.npy", np.zeros((30, 3, 5, 5), np.uint8))
+    with pytest.raises(InputError, match=r"images\.npy is not what store\.json describes"):
+        ImageStore(tmp_path / "s")
+
+
+def test_labels_are_integers(tmp_path):
+    make(tmp_path / "s")
+    np.save(tmp_path / "s" / "labels.npy", np.zeros(30))
+    with pytest.raises(InputError, match=r"labels\.npy is not what store\.json describes"):
+        ImageStore(tmp_path / "s")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"set data\.cache"):
+        make(tmp_path / "file" / "s")
