@@ -105,6 +105,12 @@ class FIDCallback(StepCallback):
         self.last: dict[str, float] = {}
         """Values of the last evaluation."""
         self._metric: FrechetDistance | None = None
+        self._trial = False
+
+    def make_trial(self) -> None:
+        """Turn later evaluations into a test of the path: a few images, nothing cached."""
+        self._trial = True
+        self.n, self.every_kimg, self.samplers = min(self.n, 16), None, self.samplers[:1]
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Check profiles and the reference, and load the extractor, before training starts."""
@@ -129,7 +135,8 @@ class FIDCallback(StepCallback):
     def on_step(self, trainer: L.Trainer, pl_module: Any, before: int, after: int) -> None:
         """Measure when it is due."""
         interval = self.every_kimg if self.every_kimg is not None else float("inf")
-        if self.enabled and due(before, after, interval, pl_module.total_nimg):
+        measure = self.enabled and not self._trial
+        if measure and due(before, after, interval, pl_module.total_nimg):
             self.evaluate(trainer, pl_module)
 
     def evaluate(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
@@ -163,12 +170,11 @@ class FIDCallback(StepCallback):
             self.features.to(device)
             metric = FrechetDistance(self.features).to(device)
             if self.reference == "auto":
-                cache = None if getattr(trainer, "fast_dev_run", 0) else data.cache_dir
                 mu, sigma, n = reference_statistics(
-                    data.store.images,
+                    data.store.images[:64] if self._trial else data.store.images,
                     data.fingerprint,
                     self.features,
-                    cache=cache,
+                    cache=None if self._trial else data.cache_dir,
                     device=device,
                     batch=self.batch,
                     rank=trainer.global_rank,

@@ -19,7 +19,7 @@ import torch
 from cm_lightning.callbacks.checkpoints import newest_checkpoint
 from cm_lightning.callbacks.fid import FIDCallback
 from cm_lightning.callbacks.samples import SamplesCallback
-from cm_lightning.loggers import KimgWandbLogger
+from cm_lightning.loggers import KimgWandbLogger, MetricsCSV
 from cm_lightning.version import __version__
 
 __all__ = ["RunRecordCallback", "write_text"]
@@ -50,10 +50,13 @@ class RunRecordCallback(L.Callback):
         self._started = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Write both files and say what is about to happen."""
+        """Write both files, drop log rows after the checkpoint, say what is about to happen."""
         self._started = time.perf_counter()
         if trainer.is_global_zero:
             run_dir = Path(trainer.default_root_dir)
+            for logger in trainer.loggers:
+                if isinstance(logger, MetricsCSV):
+                    logger.resume_at(pl_module.nimg)
             self._write_config(run_dir)
             self._write_record(run_dir, trainer, pl_module)
             print(start_summary(trainer, pl_module, self.resumed_from), flush=True)

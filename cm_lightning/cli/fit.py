@@ -234,7 +234,7 @@ def fit(cli: FitCLI) -> None:
 
 
 def prepare_resume(cli: FitCLI) -> dict[str, Any] | None:
-    """Check the checkpoint against the config, say which one it is, trim later log rows."""
+    """Check the checkpoint against the config and say which one it is."""
     path = cli.plan.checkpoint
     if path is None:
         return None
@@ -243,9 +243,6 @@ def prepare_resume(cli: FitCLI) -> dict[str, Any] | None:
     nimg = checkpoint["cm_lightning"]["nimg"]
     if cli.trainer.is_global_zero:
         print(f"Resuming from {path} at {nimg / 1000:g} kimg.")
-        for logger in cli.trainer.loggers:
-            if isinstance(logger, MetricsCSV):
-                logger.resume_at(nimg)
     return checkpoint
 
 
@@ -272,8 +269,7 @@ def check(cli: FitCLI) -> None:
     """Build everything, train one step, evaluate a few images, write nothing, report."""
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     fid = next(c for c in trainer.callbacks if isinstance(c, FIDCallback))  # type: ignore[attr-defined]
-    fid.n, fid.every_kimg = min(fid.n, 16), None
-    fid.samplers = fid.samplers[:1]
+    fid.make_trial()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         data.use_temporary_cache(Path(folder))

@@ -1,0 +1,98 @@
+"""Every command and every block of Python in the README runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.test_readers import write_idx
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def lines() -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the configs, and the README's earlier commands already run, shrunk."""
+    path = tmp_path_factory.mktemp("readme")
+    (path / "configs").symlink_to(ROOT / "configs")
+    images = np.random.default_rng(0).integers(0, 256, (300, 28, 28))
+    write_idx(path / "fashion", images=images, labels=np.arange(300) % 10)
+    patch = pytest.MonkeyPatch()
+    patch.chdir(path)
+    patch.setenv("CM_HOME", str(path / "home"))
+    yield path
+    patch.undo()
+
+
+def run(program: str, words: list[str], monkeypatch) -> None:
+    from cm_lightning.cli import fit, sample
+
+    monkeypatch.setattr(sys, "argv", [program, *words])
+    try:
+        {"cm-fit": fit.main, "cm-sample": sample.main}[program]()
+    except SystemExit as stop:
+        assert not stop.code
+
+
+def shrink(words: list[str], place: Path) -> list[str]:
+    """The same command for a network of seconds."""
+    if any("fashion" in word for word in words):
+        words = [*words, "--data.source.root", str(place / "fashion"), "--data.global_batch", "4"]
+        return [*words, "--model.denoiser.backbone.num_blocks", "1", "--trainer.accelerator", "cpu"]
+    small = [word for word in words if word != "--model.total_kimg" and word != "20"]
+    return [*small, "--config", str(ROOT / "tests" / "tiny.yaml")]
+
+
+def test_readme_has_commands():
+    assert len(lines()) >= 9
+    assert len(blocks("python")) >= 2
+
+
+def test_make_targets_exist():
+    for line in lines():
+        if line.startswith("make "):
+            subprocess.run([*shlex.split(line), "-n"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_commands_in_order(place, monkeypatch):
+    for line in lines():
+        program, *words = shlex.split(line)
+        if program == "cm-fit":
+            run(program, shrink(words, place), monkeypatch)
+        elif program == "cm-sample":
+            run(program, words, monkeypatch)
+        else:
+            assert program in ("make", "cd", "git", "pip")
+    assert (place / "pictures" / "grid.png").exists()
+    assert (place / "samples" / "samples.npz").exists()
+
+
+def test_python_blocks(place, monkeypatch):
+    words = ["--config", "configs/ect_digits.yaml", "--run_dir", "runs/demo"]
+    run("cm-fit", shrink(words, place), monkeypatch)
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+    assert (place / "digits.png").exists()
+
+
+def test_files_named_in_the_readme_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+    for target in re.findall(r'src="([^"]+)"', README):
+        assert (ROOT / target).exists(), target
