@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import subprocess
@@ -43,10 +44,8 @@ def run(program: str, words: list[str], monkeypatch) -> None:
     from cm_lightning.cli import fit, sample
 
     monkeypatch.setattr(sys, "argv", [program, *words])
-    try:
+    with contextlib.suppress(SystemExit) if "--print_config" in words else contextlib.nullcontext():
         {"cm-fit": fit.main, "cm-sample": sample.main}[program]()
-    except SystemExit as stop:
-        assert not stop.code
 
 
 def shrink(words: list[str], place: Path) -> list[str]:

@@ -61,7 +61,7 @@ class FIDCallback(StepCallback):
         n: Number of samples, >= 2.
         batch: Images per network call and per pass of the extractor.
         profiles: EMA profiles to measure (``"live"`` for the weights being trained), ``None`` for
-            all tracked ones.
+            all tracked ones; an empty list switches the callback off.
         reference: ``"auto"`` for statistics of the training images, cached beside the data store,
             or the path of an EDM/ADM ``.npz`` with ``mu`` and ``sigma``.
         seed: Seed of the noise, the same at every evaluation.
@@ -99,7 +99,7 @@ class FIDCallback(StepCallback):
         self.reference = reference
         self.seed = seed
         self.required = required
-        self.enabled = True
+        self.enabled = profiles is None or len(profiles) > 0
         self.best: dict[str, tuple[float, float]] = {}
         """Lowest value of each metric and the kimg at which it was reached."""
         self.last: dict[str, float] = {}
@@ -114,6 +114,8 @@ class FIDCallback(StepCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Check profiles and the reference, and load the extractor, before training starts."""
+        if not self.enabled:
+            return
         self._check_profiles(find_ema(trainer))
         if self.reference != "auto":
             load_statistics(self.reference)
@@ -147,7 +149,7 @@ class FIDCallback(StepCallback):
         metric = self._prepare(trainer, pl_module.device)
         values: dict[str, float] = {}
         base = metric_name(self.features.metric, self.n)
-        for name in self.profiles or ema.names:
+        for name in ema.names if self.profiles is None else self.profiles:
             with ema.lend(pl_module.denoiser, name), evaluating(pl_module.denoiser):
                 for sampler in self.samplers:
                     value = self._distance(trainer, metric, pl_module.denoiser, sampler, data)

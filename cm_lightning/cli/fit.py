@@ -279,6 +279,11 @@ def check(cli: FitCLI) -> None:
     print(check_report(cli, seconds, values))
 
 
+def megabytes(size: float) -> str:
+    """A number of bytes in words."""
+    return f"{size / 2**20:,.0f} MB"
+
+
 def check_report(cli: FitCLI, seconds: float, values: dict[str, float]) -> str:
     """What a run of this config would need.
 
@@ -292,15 +297,16 @@ def check_report(cli: FitCLI, seconds: float, values: dict[str, float]) -> str:
     module, data = cli.model, cli.datamodule
     parameters = sum(p.numel() for p in module.denoiser.parameters())
     profiles = len(next(c for c in cli.trainer.callbacks if isinstance(c, EMACallback)).names)  # type: ignore[attr-defined]
-    fixed = parameters * 4 * (4 + profiles) / 2**30
+    fixed = megabytes(parameters * 4 * (4 + profiles))
+    peak = megabytes(peak_memory(module.device))
     steps = -(-module.total_nimg // data.global_batch)
     shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items()) or "switched off"
     return "\n".join(
         [
             f"{type(module).__name__}: everything was built and one step was trained.",
             f"  parameters  {parameters:,}",
-            f"  memory      {fixed:.2f} GB for weights, gradients, optimizer and {profiles} EMA; "
-            f"peak {peak_memory(module.device) / 2**30:.2f} GB in this step",
+            f"  memory      {fixed} for weights, gradients, optimizer and {profiles} EMA; "
+            f"peak {peak} in this step",
             f"  data        {len(data.store):,} images {data.image_shape}, "
             f"{data.num_classes} classes",
             f"  length      {module.total_kimg:g} kimg, {steps:,} steps of {data.global_batch}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import sys
 import textwrap
 
 __all__ = ["fit_help"]
@@ -41,7 +41,7 @@ on which data
   --data.micro_batch N          largest batch per device; accumulation follows
   --data.resolution N, --data.resize pad|resize, --data.flip BOOL, --data.conditional BOOL
 
-evaluation and records (every interval is in thousands of images, null switches off)
+evaluation and records (intervals in thousands of images; null: only at the end, or never)
   --ema.profiles ...            ConstantEMA, HalfLifeEMA, PowerEMA; several at once
   --fid.features CLASS          Inception, Timm, DigitsFeatures; --fid.n, --fid.every_kimg
   --samples.every_kimg N        grids of samples from fixed noise
@@ -70,6 +70,6 @@ def fit_help() -> str:
             and issubclass(cls, ConsistencyModule)
             and cls is not ConsistencyModule
         ):
-            first = (inspect.getdoc(cls) or "").splitlines()[0]
+            first = (sys.modules[cls.__module__].__doc__ or "").splitlines()[0]
             lines.append(f"{name:<10} {textwrap.shorten(first, 66, placeholder=' ...')}")
     return _TEXT.replace("{regimes}", ("\n" + " " * 22).join(lines))

@@ -18,6 +18,9 @@ from cm_lightning.weights import check_weights
 
 __all__ = ["ConsistencyModule", "TrainingStopped", "radam"]
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""Precisions in which weights, noise levels and losses stay fp32."""
+
 _STREAK_INTERVAL = 20
 """Optimizer steps between two looks at the non-finite streak (a look waits for the device)."""
 
@@ -100,11 +103,16 @@ class ConsistencyModule(L.LightningModule):
         """Check that the data fit the network, before anything is written.
 
         Raises:
-            InputError: If image shape, number of classes or device do not fit.
+            InputError: If image shape, number of classes, precision or device do not fit.
         """
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             check_fit(self.denoiser, data.image_shape, data.num_classes)
+        if self.trainer.precision not in PRECISIONS:
+            raise InputError(
+                f"trainer.precision must be one of {', '.join(PRECISIONS)}, got "
+                f"{self.trainer.precision}."
+            )
         device = self.trainer.strategy.root_device
         if device.type == "mps":
             raise InputError("Apple's mps device has no float64: use --trainer.accelerator cpu.")

@@ -43,6 +43,7 @@ MISTAKES = {
     "ema": (["--ema.profiles", "[{class_path: ConstantEMA, init_args: {rate: 2}}]"], "[0, 1)"),
     "checkpoint": (["--resume", "nofile.ckpt"], "no file nofile.ckpt"),
     "no such device": (["--trainer.accelerator", "abacus"], "abacus"),
+    "precision": (["--trainer.precision", "64-true"], "trainer.precision must be one of"),
     "reference": (["--fid.reference", "nofile.npz"], "nofile.npz"),
 }
 
