@@ -21,6 +21,7 @@ __all__ = [
     "EMAProfile",
     "HalfLifeEMA",
     "PowerEMA",
+    "posthoc_coefficients",
     "power_exponent",
     "power_std",
     "update_average",
@@ -170,6 +171,40 @@ def power_exponent(std: float) -> float:
 def power_std(gamma: float) -> float:
     r"""Relative width :math:`\sqrt{\gamma + 1} / ((\gamma + 2)\sqrt{\gamma + 3})`, the inverse."""
     return float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5))
+
+
+def posthoc_coefficients(
+    snapshots: Sequence[tuple[float, float]], target: tuple[float, float]
+) -> np.ndarray:
+    r"""Weights with which stored power-function averages combine into another profile.
+
+    Least squares over profiles (EDM2, arXiv:2312.02696, Section 3.2): :math:`A X = B` with the
+    inner products :math:`A_{ij} = \langle p_i, p_j \rangle`,
+    :math:`B_i = \langle p_i, p_\text{target} \rangle`,
+
+    .. math:: \langle p_i, p_j \rangle = \frac{(\gamma_i + 1)(\gamma_j + 1)\,
+              (t_i / t_j)^{e}}{(\gamma_i + \gamma_j + 1) \max(t_i, t_j)}, \qquad
+              e = \gamma_j \text{ if } t_i < t_j \text{ else } -\gamma_i
+
+    normalised to sum 1; the new average is :math:`\sum_i X_i\, \text{snapshot}_i`.
+
+    Args:
+        snapshots: ``(time, gamma)`` of each stored average, time in images (any unit).
+        target: ``(time, gamma)`` of the wanted average.
+
+    Returns:
+        One weight per snapshot, float64, summing to 1.
+    """
+
+    def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        (t_a, g_a), (t_b, g_b) = a.T[:, :, None], b.T[:, None, :]
+        exponent = np.where(t_a < t_b, g_b, -g_a)
+        ratio = (g_a + 1) * (g_b + 1) * (t_a / t_b) ** exponent
+        return np.asarray(ratio / ((g_a + g_b + 1) * np.maximum(t_a, t_b)))
+
+    stored, wanted = np.array(snapshots, np.float64), np.array([target], np.float64)
+    weights = np.linalg.solve(products(stored, stored), products(stored, wanted))[:, 0]
+    return np.asarray(weights / weights.sum())
 
 
 def update_average(average: Sequence[Tensor], weights: Sequence[Tensor], beta: float) -> None:

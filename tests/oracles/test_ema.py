@@ -9,6 +9,7 @@ from cm_lightning.ema import (
     ConstantEMA,
     HalfLifeEMA,
     PowerEMA,
+    posthoc_coefficients,
     power_exponent,
     power_std,
     update_average,
@@ -63,6 +64,23 @@ def test_power_profile_telescopes(std, k):
         average[0].lerp_(weights[0], 1 - beta)
     expected = 1 - ((k - 1) / steps) ** (power_exponent(std) + 1)
     torch.testing.assert_close(average[0], torch.full((3,), expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("snapshots", "expected"),
+    [
+        ([(1, 0.05), (1, 0.10)], (0.34226942, 0.65773058)),
+        (
+            [(1, 0.05), (1, 0.10), (0.5, 0.05), (0.5, 0.10)],
+            (0.34296904, 0.65932184, 0.00013575, -0.00242663),
+        ),
+    ],
+)
+def test_posthoc_coefficients(snapshots, expected):
+    stored = [(t, power_exponent(std)) for t, std in snapshots]
+    got = posthoc_coefficients(stored, (1, power_exponent(0.075)))
+    assert got == pytest.approx(expected, abs=2e-8)
+    assert posthoc_coefficients(stored, stored[0])[0] == pytest.approx(1, abs=1e-9)
 
 
 def test_first_step_of_ramped_profiles_copies_exactly():
