@@ -83,7 +83,7 @@ class SongUNet(nn.Module):
     ) -> None:
         super().__init__()
         levels = len(channel_mult)
-        _check(img_resolution, levels, model_channels, dropout, label_dropout)
+        check_sizes("SongUNet", img_resolution, levels, model_channels, dropout, label_dropout)
         self.img_resolution, self.in_channels = img_resolution, in_channels
         self.out_channels, self.label_dim, self.augment_dim = out_channels, label_dim, augment_dim
         self.label_dropout = label_dropout
@@ -178,11 +178,7 @@ class SongUNet(nn.Module):
         Raises:
             InputError: If the images have another shape.
         """
-        expected = (self.in_channels, self.img_resolution, self.img_resolution)
-        if tuple(x.shape[1:]) != expected:
-            raise InputError(
-                f"SongUNet was built for images of shape {expected}, got {tuple(x.shape[1:])}."
-            )
+        check_images(self, x)
         emb = self._embed(noise_labels, class_labels, augment_labels)
         kept: list[Tensor] = []
         image = x
@@ -226,20 +222,44 @@ class SongUNet(nn.Module):
             return functional.silu(self.map_layer1(emb))
 
 
-def _check(
-    img_resolution: int, levels: int, model_channels: int, dropout: float, label_dropout: float
+def check_sizes(
+    network: str,
+    img_resolution: int,
+    levels: int,
+    model_channels: int,
+    dropout: float,
+    label_dropout: float,
 ) -> None:
+    """Check the sizes of a U-Net.
+
+    Raises:
+        InputError: If the image does not halve often enough or a number is outside its range.
+    """
     if levels < 1:
-        raise InputError("SongUNet: channel_mult is empty.")
+        raise InputError(f"{network}: channel_mult is empty.")
     if img_resolution < 1 or img_resolution % 2 ** (levels - 1):
         raise InputError(
-            f"SongUNet: img_resolution {img_resolution} must be a positive multiple of "
+            f"{network}: img_resolution {img_resolution} must be a positive multiple of "
             f"{2 ** (levels - 1)} for {levels} levels of channel_mult."
         )
     if model_channels < 4 or model_channels % 4:
         raise InputError(
-            f"SongUNet: model_channels must be a positive multiple of 4, got {model_channels}."
+            f"{network}: model_channels must be a positive multiple of 4, got {model_channels}."
         )
     for name, value in (("dropout", dropout), ("label_dropout", label_dropout)):
         if not 0 <= value < 1:
-            raise InputError(f"SongUNet: {name} must lie in [0, 1), got {value}.")
+            raise InputError(f"{network}: {name} must lie in [0, 1), got {value}.")
+
+
+def check_images(network: Any, x: Tensor) -> None:
+    """Check that images have the shape a network was built for.
+
+    Raises:
+        InputError: If they have not.
+    """
+    expected = (network.in_channels, network.img_resolution, network.img_resolution)
+    if tuple(x.shape[1:]) != expected:
+        raise InputError(
+            f"{type(network).__name__} was built for images of shape {expected}, got "
+            f"{tuple(x.shape[1:])}."
+        )

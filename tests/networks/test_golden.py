@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from cm_lightning.networks import EDMPrecond, SongUNet, edm_coefficients
+from cm_lightning.networks import ADMUNet, EDMPrecond, SongUNet, edm_coefficients
 from cm_lightning.types import expand
 from tests.conftest import GOLDEN
 
 FILES = sorted([*GOLDEN.glob("edm_*.npz"), *GOLDEN.glob("edm2*.npz")])
-BACKBONES = {"EDMPrecond:SongUNet": SongUNet}
+BACKBONES = {"EDMPrecond:SongUNet": SongUNet, "EDMPrecond:DhariwalUNet": ADMUNet}
 
 
 def build(constructor: dict) -> EDMPrecond:

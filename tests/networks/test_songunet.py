@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cm_lightning.networks import EDMPrecond, SongUNet, edm_coefficients
+from cm_lightning.networks import ADMUNet, EDMPrecond, SongUNet, edm_coefficients
 from cm_lightning.networks.layers import FourierEmbedding, PositionalEmbedding
 from cm_lightning.types import InputError
 
@@ -71,6 +71,33 @@ def test_fill_values(form, label_dim, tensors, parameters, values):
         out = denoiser(x, torch.tensor([0.5, 2.0]), labels)
     got = (out.mean(), out.std(), out[0, 0, 0, 0], out[1, 2, -1, -1], out[0, 1, 16, 16])
     assert [float(value) for value in got] == pytest.approx(values, abs=2e-6)
+
+
+def test_fill_values_of_adm():
+    unet = ADMUNet(
+        32,
+        label_dim=10,
+        model_channels=64,
+        channel_mult=[1, 2],
+        num_blocks=2,
+        attn_resolutions=[16],
+    )
+    denoiser = EDMPrecond(unet).eval()
+    assert fill(denoiser) == 201
+    assert sum(p.numel() for p in denoiser.parameters()) == 4_591_363
+    x = torch.sin(0.1 * torch.arange(2 * 3 * 32 * 32).double()).float().reshape(2, 3, 32, 32)
+    with torch.no_grad():
+        out = denoiser(x, torch.tensor([0.5, 2.0]), torch.tensor([3, 7]))
+    got = (out.mean(), out.std(), out[0, 0, 0, 0], out[1, 2, -1, -1], out[0, 1, 16, 16])
+    expected = (-0.011978, 0.293384, 0.007041, -0.083025, -0.591718)
+    assert [float(value) for value in got] == pytest.approx(expected, abs=2e-6)
+
+
+def test_size_of_the_public_adm_checkpoint():
+    with torch.device("meta"):
+        denoiser = EDMPrecond(ADMUNet(64, label_dim=1000))
+    assert sum(p.numel() for p in denoiser.parameters()) == 295_899_267
+    assert len(denoiser.state_dict()) == 553
 
 
 @pytest.mark.parametrize(
