@@ -17,6 +17,7 @@ from cm_lightning.networks.layers import (
     Linear,
     PositionalEmbedding,
     UNetBlock,
+    drop_labels,
 )
 from cm_lightning.networks.songunet import check_images, check_sizes
 
@@ -174,8 +175,7 @@ class ADMUNet(nn.Module):
             emb = self.map_layer1(functional.silu(self.map_layer0(emb)))
             if self.map_label is not None and class_labels is not None:
                 rows = class_labels.to(emb.dtype)
-                if self.training and self.label_dropout:
-                    keep = torch.rand(len(rows), 1, device=rows.device) >= self.label_dropout
-                    rows = rows * keep.to(rows.dtype)
+                if self.training:
+                    rows = drop_labels(rows, self.label_dropout)
                 emb = emb + self.map_label(rows)
             return functional.silu(emb)

@@ -20,6 +20,7 @@ __all__ = [
     "Linear",
     "PositionalEmbedding",
     "UNetBlock",
+    "drop_labels",
 ]
 
 Init = tuple[Literal["xavier_uniform", "kaiming_uniform", "kaiming_normal"], float, float]
@@ -52,6 +53,14 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, in_features)`` to ``(B, out_features)``."""
         return functional.linear(x, self.weight, self.bias)
+
+
+def drop_labels(rows: Tensor, probability: float) -> Tensor:
+    """Zero whole rows ``(B, label_dim)`` with the given probability: "no class" in training."""
+    if not probability:
+        return rows
+    keep = torch.rand(len(rows), 1, device=rows.device) >= probability
+    return rows * keep.to(rows.dtype)
 
 
 class GroupNorm(nn.Module):

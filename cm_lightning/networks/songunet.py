@@ -18,6 +18,7 @@ from cm_lightning.networks.layers import (
     Linear,
     PositionalEmbedding,
     UNetBlock,
+    drop_labels,
 )
 from cm_lightning.types import InputError
 
@@ -209,9 +210,8 @@ class SongUNet(nn.Module):
             emb = torch.cat(list(reversed(emb.chunk(2, dim=1))), dim=1)  # sines first
             if self.map_label is not None and class_labels is not None:
                 rows = class_labels.to(emb.dtype)
-                if self.training and self.label_dropout:
-                    keep = torch.rand(len(rows), 1, device=rows.device) >= self.label_dropout
-                    rows = rows * keep.to(rows.dtype)
+                if self.training:
+                    rows = drop_labels(rows, self.label_dropout)
                 emb = emb + self.map_label(rows * math.sqrt(self.label_dim))
             elif self.map_label is not None:
                 zeros = torch.zeros(1, self.label_dim, dtype=emb.dtype, device=emb.device)

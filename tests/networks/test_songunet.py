@@ -243,3 +243,22 @@ def test_denoiser_knows_its_images_and_classes():
     assert tiny(label_dim=10).image_shape == (1, 8, 8)
     assert tiny(label_dim=10).num_classes == 10
     assert tiny().num_classes == 0
+
+
+@pytest.mark.parametrize("network", [SongUNet, ADMUNet])
+def test_label_dropout_drops_whole_labels_in_training_only(network):
+    sizes = {"model_channels": 32, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+    unet = network(8, 1, 1, label_dim=10, dropout=0, label_dropout=0.5, **sizes)
+    for p in unet.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    denoiser = EDMPrecond(unet)
+    x = torch.randn(1, 1, 8, 8).expand(200, 1, 8, 8)
+    sigma, labels = torch.ones(200), torch.full((200,), 3)
+    with torch.no_grad():
+        given = denoiser.eval()(x[:1], sigma[:1], labels[:1])
+        none = denoiser(x[:1], sigma[:1])
+        out = denoiser.train()(x, sigma, labels)
+    kept = (out - given).flatten(1).abs().amax(1) < 1e-4
+    dropped = (out - none).flatten(1).abs().amax(1) < 1e-4
+    assert bool((kept ^ dropped).all())
+    assert 60 < int(kept.sum()) < 140
