@@ -54,6 +54,7 @@ class DiagnosticsCallback(StepCallback):
         """Values of the last full window."""
         self._sums: Tensor | None = None
         self._histogram = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64)
+        self._edges = torch.tensor(self.edges, dtype=torch.float64)
         self._clock = 0.0
         self._counted = 0
 
@@ -70,14 +71,14 @@ class DiagnosticsCallback(StepCallback):
             self._sums = torch.zeros(len(self.bins) + 1, 4, dtype=torch.float64)
         self._sums = self._sums.to(pl_module.device)
         self._histogram = self._histogram.to(pl_module.device)
+        self._edges = torch.tensor(self.edges, dtype=torch.float64, device=pl_module.device)
         self._clock, self._counted = time.perf_counter(), pl_module.nimg
 
     def on_micro_batch(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
         """Add a micro-batch: per bin, and in the last row gradient norm and its count."""
         output: LossOutput = outputs["output"]
         assert self._sums is not None
-        edges = torch.tensor(self.edges, dtype=output.t.dtype).to(output.t.device)
-        bins = torch.bucketize(output.t, edges, right=True)
+        bins = torch.bucketize(output.t, self._edges, right=True)
         ones = torch.ones_like(output.t)
         columns = (ones, output.loss.detach(), output.distance, output.r / output.t)
         values = torch.stack([column.double() for column in columns], 1)

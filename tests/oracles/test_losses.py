@@ -133,6 +133,26 @@ def test_both_passes_share_one_dropout_mask():
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
+def test_gradients_survive_bf16_autocast():
+    """The pass without gradient comes first: its cached casts must not cut the second one off."""
+    torch.manual_seed(0)
+    net = TinyDenoiser()
+    x0 = torch.randn(64, 1, 8, 8) * 0.5
+    objective = Objective(
+        ECTMapping(q=8), Independent(), Euler(SampleMean()), SquaredL2(), Uniform()
+    )
+    gradients = []
+    for enabled in (False, True):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = objective(net, net, batch_of(x0), draw(64))
+        output.loss.mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    exact, rounded = gradients
+    assert float(exact.norm()) > 0
+    assert float((rounded - exact).norm() / exact.norm()) < 0.05
+
+
 def test_l2_has_a_finite_gradient_at_zero():
     a = torch.ones(2, 3, requires_grad=True)
     L2()(a, torch.ones(2, 3)).sum().backward()
