@@ -204,7 +204,8 @@ def _is_ours(record: Any) -> bool:
         "`Trainer.fit` stopped",
         "💡 Tip",
         "`weights_only` was not set",
-        "Restor",
+        "Restoring states",
+        "Restored all",
     )
     return not str(record.getMessage()).startswith(noise)
 
