@@ -19,7 +19,7 @@ from cm_lightning.networks.layers import (
     UNetBlock,
     drop_labels,
 )
-from cm_lightning.networks.songunet import check_images, check_sizes
+from cm_lightning.networks.songunet import check_counts, check_images, check_sizes
 
 __all__ = ["ADMUNet"]
 
@@ -73,6 +73,17 @@ class ADMUNet(nn.Module):
         super().__init__()
         levels = len(channel_mult)
         check_sizes("ADMUNet", img_resolution, levels, model_channels, dropout, label_dropout)
+        check_counts(
+            "ADMUNet",
+            {
+                "in_channels": in_channels,
+                "out_channels": out_channels,
+                "channel_mult_emb": channel_mult_emb,
+                "num_blocks": num_blocks,
+                "every channel_mult": min(channel_mult),
+            },
+            {"label_dim": label_dim, "augment_dim": augment_dim},
+        )
         self.img_resolution, self.in_channels = img_resolution, in_channels
         self.out_channels, self.label_dim, self.augment_dim = out_channels, label_dim, augment_dim
         self.label_dropout = label_dropout

@@ -190,7 +190,10 @@ class UNetBlock(nn.Module):
         init_zero: Initial weights of the last convolutions, close to zero.
         init_attn: Initial weights of queries, keys and values.
         attention: ``"sdpa"`` for torch's fused attention, ``"math"`` for plain tensor operations,
-            which have forward-mode derivatives.
+            which have forward-mode derivatives and a softmax in fp32.
+
+    Raises:
+        InputError: If ``attention`` is neither.
     """
 
     def __init__(
@@ -213,6 +216,8 @@ class UNetBlock(nn.Module):
         attention: Literal["sdpa", "math"] = "sdpa",
     ) -> None:
         super().__init__()
+        if attention not in ("sdpa", "math"):
+            raise InputError(f"attention must be 'sdpa' or 'math', got {attention!r}.")
         self.in_channels, self.out_channels, self.heads = in_channels, out_channels, heads
         self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
         self.attention = attention
@@ -256,8 +261,11 @@ class UNetBlock(nn.Module):
         if self.attention == "sdpa":
             out = functional.scaled_dot_product_attention(q, k, v)
         else:
-            scores = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(size)
-            out = scores.softmax(-1).to(v.dtype) @ v
+            wide = torch.promote_types(qkv.dtype, torch.float32)
+            with torch.autocast(qkv.device.type, enabled=False):
+                scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) / math.sqrt(size)
+                weights = scores.softmax(-1).to(v.dtype)
+            out = weights @ v
         return out.transpose(-1, -2).reshape(batch, channels // 3, height, width)
 
 

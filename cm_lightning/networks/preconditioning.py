@@ -37,8 +37,8 @@ class EDMPrecond(Denoiser):
     .. math:: D(x, \sigma) = c_\text{skip} x + c_\text{out} F(c_\text{in} x, c_\text{noise})
 
     so that D(x, 0) = x: the same form serves diffusion models and ECT. Coefficients are computed
-    in fp32 (float64 for float64 images) whatever the precision inside F. The backbone is stored
-    as ``model``, the name in public checkpoints.
+    in fp32 (float64 for float64 images) whatever the precision inside F, which is that of its
+    parameters. The backbone is stored as ``model``, the name in public checkpoints.
 
     Args:
         backbone: Raw network F(x, c_noise, class labels).
@@ -95,5 +95,6 @@ class EDMPrecond(Denoiser):
         if labels is not None:
             rows = functional.one_hot(labels.clamp_min(0), classes).to(dtype)
             rows = rows * (labels >= 0)[:, None]
-        raw: Tensor = self.model(expand(c_in, x) * x, c_noise, rows)
+        inside = next(self.model.parameters(), x).dtype
+        raw: Tensor = self.model((expand(c_in, x) * x).to(inside), c_noise, rows)
         return expand(c_skip, x) * x + expand(c_out, x) * raw.to(dtype)

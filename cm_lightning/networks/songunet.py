@@ -47,12 +47,12 @@ class SongUNet(nn.Module):
         num_blocks: Residual blocks per level.
         attn_resolutions: Resolutions with self-attention.
         dropout: Dropout probability in [0, 1).
-        label_dropout: Probability of dropping the class label in training, in [0, 1].
+        label_dropout: Probability of dropping the class label in training, in [0, 1).
         embedding_type: ``"positional"`` (DDPM++) or ``"fourier"`` (NCSN++).
         channel_mult_noise: Multiple for the noise embedding.
         encoder_type: ``"standard"`` (DDPM++) or ``"residual"`` (NCSN++).
         decoder_type: ``"standard"``, the only published form.
-        resample_filter: Filter of the resampling.
+        resample_filter: Filter of the resampling: an even number of taps with a positive sum.
         fourier_scale: Standard deviation of the Fourier frequencies; iCT uses 0.02.
         attention: ``"sdpa"``, or ``"math"`` where forward-mode derivatives are needed.
 
@@ -85,6 +85,19 @@ class SongUNet(nn.Module):
         super().__init__()
         levels = len(channel_mult)
         check_sizes("SongUNet", img_resolution, levels, model_channels, dropout, label_dropout)
+        check_counts(
+            "SongUNet",
+            {
+                "in_channels": in_channels,
+                "out_channels": out_channels,
+                "channel_mult_emb": channel_mult_emb,
+                "channel_mult_noise": channel_mult_noise,
+                "num_blocks": num_blocks,
+                "every channel_mult": min(channel_mult),
+            },
+            {"label_dim": label_dim, "augment_dim": augment_dim},
+        )
+        _check_form(embedding_type, encoder_type, decoder_type, resample_filter, fourier_scale)
         self.img_resolution, self.in_channels = img_resolution, in_channels
         self.out_channels, self.label_dim, self.augment_dim = out_channels, label_dim, augment_dim
         self.label_dropout = label_dropout
@@ -249,6 +262,42 @@ def check_sizes(
     for name, value in (("dropout", dropout), ("label_dropout", label_dropout)):
         if not 0 <= value < 1:
             raise InputError(f"{network}: {name} must lie in [0, 1), got {value}.")
+
+
+def check_counts(network: str, positive: dict[str, int], optional: dict[str, int]) -> None:
+    """Check the integers of a U-Net: those of at least 1, and those that 0 turns off.
+
+    Raises:
+        InputError: If one is smaller.
+    """
+    for least, counts in ((1, positive), (0, optional)):
+        for name, value in counts.items():
+            if value < least:
+                raise InputError(f"{network}: {name} must be at least {least}, got {value}.")
+
+
+def _check_form(
+    embedding_type: str,
+    encoder_type: str,
+    decoder_type: str,
+    resample_filter: Sequence[float],
+    fourier_scale: float,
+) -> None:
+    for name, value, choices in (
+        ("embedding_type", embedding_type, ("positional", "fourier")),
+        ("encoder_type", encoder_type, ("standard", "residual")),
+        ("decoder_type", decoder_type, ("standard",)),
+    ):
+        if value not in choices:
+            allowed = " or ".join(map(repr, choices))
+            raise InputError(f"SongUNet: {name} must be {allowed}, got {value!r}.")
+    if not resample_filter or len(resample_filter) % 2 or not sum(resample_filter) > 0:
+        raise InputError(
+            "SongUNet: resample_filter must hold an even number of taps with a positive sum, such "
+            f"as [1, 1] or [1, 3, 3, 1], got {list(resample_filter)}."
+        )
+    if not fourier_scale > 0:
+        raise InputError(f"SongUNet: fourier_scale must be positive, got {fourier_scale}.")
 
 
 def check_images(network: Any, x: Tensor) -> None:

@@ -170,6 +170,20 @@ def test_bf16_inside_fp32_outside():
     assert not torch.equal(rounded, exact)
 
 
+@pytest.mark.parametrize("images", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("weights", [torch.float32, torch.float64])
+def test_images_need_not_have_the_dtype_of_the_weights(images, weights):
+    denoiser = tiny().eval()
+    for p in denoiser.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    x, sigma = torch.randn(2, 1, 8, 8).to(images), torch.tensor([0.5, 2.0])
+    with torch.no_grad():
+        expected = denoiser(x.float(), sigma)
+        out = denoiser.to(weights)(x, sigma)
+    assert out.dtype is torch.promote_types(images, torch.float32)
+    torch.testing.assert_close(out.float(), expected)
+
+
 def test_noise_embedding_is_full_precision_under_autocast():
     seen = []
     denoiser = tiny().eval()
@@ -221,7 +235,24 @@ def test_a_public_state_dict_without_augmentation_layer_names_what_is_missing():
         ({"model_channels": 6}, "model_channels"),
         ({"model_channels": 36}, "multiples of 32"),
         ({"dropout": 1.0}, "dropout"),
-        ({"channel_mult": []}, "channel_mult"),
+        ({"channel_mult": []}, "channel_mult is empty"),
+        ({"channel_mult": [1, 0]}, "channel_mult must be at least 1, got 0"),
+        ({"channel_mult_emb": 0}, "channel_mult_emb must be at least 1"),
+        ({"channel_mult_noise": 0}, "channel_mult_noise must be at least 1"),
+        ({"num_blocks": 0}, "num_blocks must be at least 1"),
+        ({"in_channels": 0}, "in_channels must be at least 1"),
+        ({"out_channels": 0}, "out_channels must be at least 1"),
+        ({"label_dim": -1}, "label_dim must be at least 0"),
+        ({"augment_dim": -1}, "augment_dim must be at least 0"),
+        ({"label_dropout": -0.1}, "label_dropout"),
+        ({"embedding_type": "sine"}, "embedding_type must be 'positional' or 'fourier'"),
+        ({"encoder_type": "skip"}, "encoder_type must be 'standard' or 'residual'"),
+        ({"decoder_type": "skip"}, "decoder_type must be 'standard'"),
+        ({"resample_filter": []}, "resample_filter"),
+        ({"resample_filter": [1, 2, 1]}, "resample_filter"),
+        ({"resample_filter": [1, -1]}, "resample_filter"),
+        ({"fourier_scale": 0.0}, "fourier_scale"),
+        ({"attention": "flash"}, "attention must be 'sdpa' or 'math', got 'flash'"),
     ],
 )
 def test_bad_sizes_are_refused(arguments, words):
@@ -262,3 +293,12 @@ def test_label_dropout_drops_whole_labels_in_training_only(network):
     dropped = (out - none).flatten(1).abs().amax(1) < 1e-4
     assert bool((kept ^ dropped).all())
     assert 60 < int(kept.sum()) < 140
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({"channel_mult": [1, 0]}, "every channel_mult"), ({"label_dim": -1}, "label_dim")],
+)
+def test_bad_counts_of_adm_are_refused(arguments, words):
+    with pytest.raises(InputError, match=words):
+        ADMUNet(8, 1, 1, **arguments)
