@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,7 +104,7 @@ class GradientGuard:
 
     @torch.no_grad()
     def __call__(
-        self, parameters: Iterable[nn.Parameter], previous: GradientStats | None
+        self, parameters: Sequence[nn.Parameter], previous: GradientStats | None
     ) -> GradientStats:
         """Sanitise gradients in place, without synchronising with the device.
 

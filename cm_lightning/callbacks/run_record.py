@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -42,16 +43,28 @@ class RunRecordCallback(L.Callback):
     Args:
         config: The resolved config as YAML text.
         resumed_from: Checkpoint this start continues from, ``None`` for a fresh start.
+        late_logger: Makes a logger that writes as soon as it exists, or ``None``; called once
+            every check has passed.
     """
 
-    def __init__(self, config: str, resumed_from: str | None = None) -> None:
+    def __init__(
+        self,
+        config: str,
+        resumed_from: str | None = None,
+        late_logger: Callable[[], KimgWandbLogger | None] | None = None,
+    ) -> None:
         self.config = config
         self.resumed_from = resumed_from
+        self.late_logger = late_logger
         self._started = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write both files, drop log rows after the checkpoint, say what is about to happen."""
         self._started = time.perf_counter()
+        late = None if self.late_logger is None else self.late_logger()
+        if late is not None:
+            trainer.loggers = [*trainer.loggers, late]
+            _ = late.experiment  # starts it, and with it its identity
         if trainer.is_global_zero:
             run_dir = Path(trainer.default_root_dir)
             for logger in trainer.loggers:

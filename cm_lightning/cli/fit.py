@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from cm_lightning.callbacks import (
     KimgProgress,
     RunRecordCallback,
     SamplesCallback,
+    newest_checkpoint,
 )
 from cm_lightning.cli.errors import Parser, fail, readable_errors
 from cm_lightning.cli.help import fit_help
@@ -124,10 +126,15 @@ class FitCLI(LightningCLI):
         if self.config["check"]:
             kwargs |= {"logger": False, "max_steps": 1, "enable_progress_bar": False}
         else:
-            wandb = wandb_logger(self.config_init["wandb"], run_dir, self.plan.wandb_id)
-            kwargs["logger"] = [MetricsCSV(run_dir), *([] if wandb is None else [wandb])]
+            if self.config["trainer"]["logger"] is not None:
+                raise InputError(
+                    "trainer.logger cannot be set: metrics.csv is always written, and "
+                    "wandb.project adds W&B."
+                )
+            kwargs["logger"] = MetricsCSV(run_dir)
             resumed = None if self.plan.checkpoint is None else str(self.plan.checkpoint)
-            record = RunRecordCallback(self.plan.config_text, resumed)
+            wandb = partial(wandb_logger, self.config_init["wandb"], run_dir, self.plan.wandb_id)
+            record = RunRecordCallback(self.plan.config_text, resumed, wandb)
             kwargs["callbacks"] += [record, KimgProgress()]
         try:
             return super().instantiate_trainer(**kwargs)
@@ -228,8 +235,6 @@ def fit(cli: FitCLI) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, KimgWandbLogger):
                 logger.finish()
-    if trainer.interrupted:
-        fail(COMMAND, "interrupted; the checkpoints written before are kept.", code=130)
     if trainer.is_global_zero:
         export(cli)
 
@@ -242,6 +247,12 @@ def prepare_resume(cli: FitCLI) -> dict[str, Any] | None:
     checkpoint = read_checkpoint(path)
     check_weights(cli.model.state_dict(), checkpoint["state_dict"], str(path))
     nimg = checkpoint["cm_lightning"]["nimg"]
+    newest = newest_checkpoint(cli.plan.run_dir)
+    if newest is not None and newest.name > f"nimg{nimg:012d}.ckpt":
+        raise InputError(
+            f"{cli.plan.run_dir} holds a newer checkpoint, {newest.name}, than {path}: choose "
+            "another --run_dir, so that nothing is lost."
+        )
     if cli.trainer.is_global_zero:
         print(f"Resuming from {path} at {nimg / 1000:g} kimg.")
     return checkpoint

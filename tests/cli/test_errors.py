@@ -43,6 +43,7 @@ MISTAKES = {
     "ema": (["--ema.profiles", "[{class_path: ConstantEMA, init_args: {rate: 2}}]"], "[0, 1)"),
     "checkpoint": (["--resume", "nofile.ckpt"], "no file nofile.ckpt"),
     "no such device": (["--trainer.accelerator", "abacus"], "abacus"),
+    "logger": (["--trainer.logger", "true"], "trainer.logger cannot be set"),
     "precision": (["--trainer.precision", "64-true"], "trainer.precision must be one of"),
     "reference": (["--fid.reference", "nofile.npz"], "nofile.npz"),
 }
@@ -140,6 +141,22 @@ def test_a_directory_of_another_config_is_left_alone(fit, run_dir, arguments, wo
     assert "different config" in done.err
     assert words in done.err
     assert content(run_dir) == before
+
+
+def test_an_older_checkpoint_does_not_overwrite_newer_ones(fit, tmp_path):
+    run = tmp_path / "run"
+    assert fit(run).code == 0
+    before = content(run)
+    done = fit(run, "--resume", run / "checkpoints" / "nimg000000000320.ckpt")
+    assert done.code == 2
+    assert "nimg000000000640.ckpt" in done.err
+    assert content(run) == before
+
+
+def test_wandb_writes_nothing_before_the_checks(fit, tmp_path):
+    words = ("--wandb.project", "test", "--data.resolution", 12)
+    assert fit(tmp_path / "run", *words).code == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_directory_that_is_no_run(fit, tmp_path):
