@@ -21,6 +21,7 @@ __all__ = [
     "EMAProfile",
     "HalfLifeEMA",
     "PowerEMA",
+    "WarmupEMA",
     "posthoc_coefficients",
     "power_exponent",
     "power_std",
@@ -147,6 +148,48 @@ class PowerEMA(EMAProfile):
     def beta(self, nimg: int, batch: int) -> float:
         """Share that survives; 0 at nimg = 0."""
         return float((1 - batch / (nimg + batch)) ** (power_exponent(self.std) + 1))
+
+
+@dataclass(frozen=True)
+class WarmupEMA(EMAProfile):
+    r"""Constant rate with a warm-up that forgets the first weights.
+
+    .. math:: \beta = \min\bigl(\beta_\infty,\; 1 - (1 + k)^{-p}\bigr)^{1 / e}, \qquad
+              k = \frac{\text{nimg}}{B}
+
+    with B images per step: the average that predicts GC's endpoints in its official code
+    (package ema-pytorch), which updates every e = 5 steps; here every step does a fifth of it.
+
+    Args:
+        rate: :math:`\beta_\infty` in [0, 1), per e steps.
+        power: p > 0.
+        every: e >= 1.
+
+    Raises:
+        InputError: If an argument is outside its range.
+    """
+
+    rate: float = 0.9999
+    power: float = 2 / 3
+    every: int = 5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate < 1:
+            raise InputError(f"WarmupEMA: rate must lie in [0, 1), got {self.rate}.")
+        if not self.power > 0:
+            raise InputError(f"WarmupEMA: power must be positive, got {self.power}.")
+        if self.every < 1:
+            raise InputError(f"WarmupEMA: every must be 1 or more, got {self.every}.")
+
+    @property
+    def name(self) -> str:
+        """``ema_warmup`` and the rate."""
+        return f"ema_warmup{self.rate:g}"
+
+    def beta(self, nimg: int, batch: int) -> float:
+        """Share that survives; 0 at nimg = 0."""
+        decay = min(self.rate, 1 - (1 + nimg / batch) ** -self.power)
+        return float(decay ** (1 / self.every))
 
 
 def power_exponent(std: float) -> float:

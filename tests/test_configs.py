@@ -19,11 +19,12 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def test_all_configs_are_collected():
-    assert len(CONFIGS) >= 3
-    assert {path.stem.split("_")[0] for path in CONFIGS} <= {"ect", "diffusion"}
+    regimes = ("cd", "ct", "diffusion", "ect", "gc", "ict")
+    names = {f"{regime}_{data}" for regime in regimes for data in ("digits", "fashion")}
+    assert {path.stem for path in CONFIGS} == names
 
 
-def shrink(config: dict, tmp_path: Path) -> list[str]:
+def shrink(path: Path, config: dict, tmp_path: Path) -> list[str]:
     """Options that make any config small; a source that is not here becomes one made here."""
     backbone = "--model.denoiser.backbone"
     words = [f"{backbone}.num_blocks=1", f"{backbone}.model_channels=32"]
@@ -39,7 +40,19 @@ def shrink(config: dict, tmp_path: Path) -> list[str]:
     if any(sampler["class_path"] == "HeunSampler" for sampler in samplers):
         small = "[{class_path: HeunSampler, init_args: {steps: 2}}]"
         words += [f"--fid.samplers={small}", f"--samples.samplers={small}"]
+    if "teacher" in config["model"]["init_args"]:
+        words += [f"--model.teacher.path={teacher(path, words, tmp_path)}"]
     return words
+
+
+def teacher(path: Path, words: list[str], tmp_path: Path) -> Path:
+    """The run that a config's teacher comes from, as short as the config's own."""
+    run = tmp_path / "teacher"
+    config = path.with_name(path.name.replace("cd_", "diffusion_"))
+    small = "[{class_path: HeunSampler, init_args: {steps: 2}}]"
+    words = [*words, f"--fid.samplers={small}", f"--samples.samplers={small}"]
+    fit.main(["--config", str(config), "--run_dir", str(run), *words])
+    return run
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -47,7 +60,7 @@ def test_config_trains_two_steps_and_evaluates(path, tmp_path, monkeypatch):
     config = yaml.safe_load(path.read_text())
     assert path.stem.startswith(config["model"]["class_path"].lower())
     run = tmp_path / "run"
-    words = ["--config", str(path), "--run_dir", str(run), *shrink(config, tmp_path)]
+    words = ["--config", str(path), "--run_dir", str(run), *shrink(path, config, tmp_path)]
     monkeypatch.setattr(sys, "argv", ["cm-fit", *words])
     fit.main()
     record = json.loads((run / "run.json").read_text())

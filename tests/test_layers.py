@@ -12,10 +12,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cm_lightning"
 LAYERS = [
     ["types", "version"],
-    ["objective", "networks", "sampling", "ema", "optim"],
+    ["files", "sigmas", "ema"],
+    ["objective", "networks", "sampling", "optim"],
     ["weights", "evaluation", "data", "loggers"],
-    ["regimes"],
     ["callbacks"],
+    ["regimes"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -8,6 +8,7 @@ from cm_lightning.callbacks.progress import KimgProgress
 from cm_lightning.callbacks.run_record import RunRecordCallback
 from cm_lightning.callbacks.samples import SamplesCallback
 from cm_lightning.callbacks.step import StepCallback
+from cm_lightning.callbacks.target_network import TargetNetworkCallback
 
 __all__ = [
     "CheckpointCallback",
@@ -18,6 +19,7 @@ __all__ = [
     "RunRecordCallback",
     "SamplesCallback",
     "StepCallback",
+    "TargetNetworkCallback",
     "find_ema",
     "newest_checkpoint",
 ]

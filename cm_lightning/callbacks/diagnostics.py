@@ -26,7 +26,8 @@ class DiagnosticsCallback(StepCallback):
 
     Keys: ``loss`` and ``distance`` (over all images), the same per bin of the noise level t
     (``loss_by_sigma/0.1-0.5``), ``ratio/r_over_t``, ``gradient/norm`` and ``gradient/nonfinite``
-    (steps so far with a non-finite gradient), ``schedule/stage``, ``schedule/learning_rate``,
+    (steps so far with a non-finite gradient), ``schedule/learning_rate``,
+    ``schedule/stage``, ``schedule/levels`` (size of the grid), ``schedule/target_rate``,
     ``speed/images_per_second`` and ``memory/peak_gb`` (of the device, or of the process on CPU).
     W&B also gets a histogram of the per-image loss, ``loss_histogram`` over log10.
     Sums stay on the device until a window ends and are stored in checkpoints, so a resumed run
@@ -113,8 +114,7 @@ class DiagnosticsCallback(StepCallback):
             "gradient/nonfinite": float(pl_module.gradient_stats.nonfinite_steps),
             "schedule/learning_rate": float(trainer.optimizers[0].param_groups[0]["lr"]),
         }
-        if pl_module.stage is not None:
-            metrics["schedule/stage"] = float(pl_module.stage)
+        metrics |= {f"schedule/{name}": value for name, value in pl_module.schedule.items()}
         for name, count, loss, distance in zip(self.bins, counts, losses, distances, strict=True):
             if count:
                 metrics[f"loss_by_sigma/{name}"] = float(loss / count)

@@ -107,6 +107,7 @@ class RunRecordCallback(L.Callback):
             "global_batch": data.global_batch,
             "total_kimg": pl_module.total_kimg,
             "data_fingerprint": data.fingerprint,
+            "origins": pl_module.origins,
         }
         for logger in trainer.loggers:
             if isinstance(logger, KimgWandbLogger):

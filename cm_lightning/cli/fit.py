@@ -271,6 +271,7 @@ def export(cli: FitCLI) -> None:
             "ema": name,
             "kimg": cli.model.nimg / 1000,
             "data_fingerprint": cli.datamodule.fingerprint,
+            "origins": cli.model.origins,
         }
         folder = cli.plan.run_dir / "weights" / name
         save_weights(folder, model["init_args"]["denoiser"], weights, info)

@@ -12,7 +12,7 @@ import importlib
 import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -87,11 +87,12 @@ def check_keys(argv: list[str], groups: Mapping[str, type], scalars: list[str]) 
         InputError: If a key is unknown; it names the key's path, its origin and the nearest key.
     """
     given = list(given_keys(argv))
-    classes = {
-        key.replace(".init_args", "").removesuffix(".class_path"): value
-        for key, value, _ in given
-        if isinstance(value, str)
-    }
+    named: dict[str, dict[str, str]] = {}  # by origin: a later file may replace a whole list
+    for key, value, where in given:
+        if isinstance(value, str):
+            path = key.replace(".init_args", "").removesuffix(".class_path")
+            named.setdefault(where, {})[path] = value
+    last = {path: value for words in named.values() for path, value in words.items()}
     for key, _, where in given:
         parts = key.split(".")
         if parts[0] not in groups:
@@ -100,7 +101,7 @@ def check_keys(argv: list[str], groups: Mapping[str, type], scalars: list[str]) 
             continue
         if parts[-1] == "help":
             continue
-        _check_path(key, parts, groups[parts[0]], classes, where)
+        _check_path(key, parts, groups[parts[0]], last | named.get(where, {}), where)
 
 
 def _check_path(
@@ -137,7 +138,8 @@ def _arguments(cls: type) -> dict[str, type | None] | None:
     found: dict[str, type | None] = {}
     for name in parameters:
         hint = hints.get(name)
-        found[name] = hint if dataclasses.is_dataclass(hint) and isinstance(hint, type) else None
+        kinds = [h for h in (hint, *get_args(hint)) if isinstance(h, type)]
+        found[name] = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
     return found
 
 

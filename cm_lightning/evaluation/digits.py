@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cm_lightning.evaluation.features import FeatureExtractor, read_weights
+from cm_lightning.evaluation.features import FeatureExtractor
+from cm_lightning.files import read_weights
 from cm_lightning.types import InputError
 
 __all__ = ["DigitsFeatures", "digit_images"]

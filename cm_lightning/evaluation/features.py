@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
-import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cm_lightning.files import find_weights, hash_tensors, read_weights
 from cm_lightning.types import InputError
 
-__all__ = ["FeatureExtractor", "Inception", "Timm", "read_weights"]
+__all__ = ["FeatureExtractor", "Inception", "Timm"]
 
 
 class FeatureExtractor(nn.Module, ABC):
@@ -71,11 +69,8 @@ class FeatureExtractor(nn.Module, ABC):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of name, preprocessing and every weight."""
-        digest = hashlib.sha256(f"{self.name}\n{self.preprocessing}".encode())
-        for key, value in sorted(self._loaded().state_dict().items()):
-            digest.update(f"\n{key} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        tensors = self._loaded().state_dict()
+        return hash_tensors(tensors, head=f"{self.name}\n{self.preprocessing}")
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -154,29 +149,7 @@ class Inception(FeatureExtractor):
     def _path(self) -> Path:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
 
-        how = "give its path as `weights` or in the environment variable CM_INCEPTION_WEIGHTS"
-        given = self.weights or os.environ.get("CM_INCEPTION_WEIGHTS")
-        if given:
-            path = Path(given).expanduser()
-            if not path.is_file():
-                raise InputError(f"The Inception weights {path} do not exist; {how}.")
-            return path
-        path = Path(torch.hub.get_dir(), "checkpoints", URL.rsplit("/", 1)[-1])
-        if path.is_file():
-            return path
-        if os.environ.get("CM_OFFLINE", "0") not in ("", "0"):
-            reason = "may not be downloaded, as CM_OFFLINE is set"
-        else:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                prefix = path.stem.rsplit("-", 1)[-1]
-                torch.hub.download_url_to_file(URL, str(path), hash_prefix=prefix, progress=False)
-                return path
-            except (OSError, RuntimeError) as error:
-                reason = f"could not be downloaded ({error})"
-        raise InputError(
-            f"The Inception weights {path} are missing and {reason}: fetch {URL} and {how}."
-        )
+        return find_weights("Inception", self.weights, "CM_INCEPTION_WEIGHTS", URL)
 
 
 class Timm(FeatureExtractor):
@@ -262,31 +235,6 @@ class Timm(FeatureExtractor):
         ).clip(0, 1)
         features: Tensor = network((x - network.pixel_mean) / network.pixel_std)
         return features
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read named tensors from ``.safetensors`` or PyTorch files, executing nothing.
-
-    Raises:
-        InputError: If the file is missing, damaged, or holds anything but named tensors.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"The weights {path} do not exist.") from error
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} is not a file of tensors alone and is refused, as reading it could run code."
-        ) from error
-    except Exception as error:  # readers of damaged files raise whatever they stumble over
-        raise InputError(f"The weights {path} cannot be read: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"{path} must hold one dictionary of tensors by name (a state_dict).")
-    return dict(state)
 
 
 def _efficientnet_lite0(target: dict[str, Tensor]) -> tuple[Path, dict[str, Tensor]]:

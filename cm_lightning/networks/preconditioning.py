@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cm_lightning.types import Denoiser, InputError, expand
 
-__all__ = ["EDMPrecond", "edm_coefficients"]
+__all__ = ["ConsistencyPrecond", "EDMPrecond", "Precond", "edm_coefficients"]
 
 
 def edm_coefficients(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -31,29 +33,41 @@ def edm_coefficients(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, 
     return sigma_data**2 / variance, sigma * sigma_data / root, 1 / root, sigma.log() / 4
 
 
-class EDMPrecond(Denoiser):
-    r"""Denoiser with EDM's preconditioning (Karras et al. 2022, arXiv:2206.00364, Eq. 7).
+class Precond(Denoiser):
+    r"""A raw network F made a denoiser: base of the two forms below.
 
     .. math:: D(x, \sigma) = c_\text{skip} x + c_\text{out} F(c_\text{in} x, c_\text{noise})
 
-    so that D(x, 0) = x: the same form serves diffusion models and ECT. Coefficients are computed
-    in fp32 (float64 for float64 images) whatever the precision inside F, which is that of its
-    parameters. The backbone is stored as ``model``, the name in public checkpoints.
+    Coefficients are computed in fp32 (float64 for float64 images) whatever the precision inside F,
+    which is that of its parameters. The backbone is stored as ``model``, the name in public
+    checkpoints.
 
     Args:
         backbone: Raw network F(x, c_noise, class labels).
         sigma_data: Standard deviation of the data, > 0.
+        noise_scale: Factor on :math:`c_\text{noise}`, > 0: 1, or 1000 for OpenAI's networks, which
+            embed times as diffusion steps.
 
     Raises:
-        InputError: If ``sigma_data`` is not positive.
+        InputError: If an argument is outside its range.
     """
 
-    def __init__(self, backbone: nn.Module, sigma_data: float = 0.5) -> None:
+    def __init__(
+        self, backbone: nn.Module, sigma_data: float = 0.5, noise_scale: float = 1.0
+    ) -> None:
         super().__init__()
+        name = type(self).__name__
         if not sigma_data > 0:
-            raise InputError(f"EDMPrecond: sigma_data must be positive, got {sigma_data}.")
+            raise InputError(f"{name}: sigma_data must be positive, got {sigma_data}.")
+        if not noise_scale > 0:
+            raise InputError(f"{name}: noise_scale must be positive, got {noise_scale}.")
         self.model = backbone
         self.sigma_data = sigma_data
+        self.noise_scale = noise_scale
+
+    @abstractmethod
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Give ``(c_skip, c_out, c_in, c_noise)``, each with the shape of ``sigma``."""
 
     @property
     def backbone(self) -> nn.Module:
@@ -90,11 +104,72 @@ class EDMPrecond(Denoiser):
             raise InputError("Labels were given to an unconditional network (label_dim 0).")
         dtype = torch.promote_types(torch.float32, x.dtype)
         x, sigma = x.to(dtype), sigma.to(dtype)
-        c_skip, c_out, c_in, c_noise = edm_coefficients(sigma, self.sigma_data)
+        c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
         rows = None
         if labels is not None:
             rows = functional.one_hot(labels.clamp_min(0), classes).to(dtype)
             rows = rows * (labels >= 0)[:, None]
         inside = next(self.model.parameters(), x).dtype
-        raw: Tensor = self.model((expand(c_in, x) * x).to(inside), c_noise, rows)
+        noise = c_noise if self.noise_scale == 1 else c_noise * self.noise_scale
+        raw: Tensor = self.model((expand(c_in, x) * x).to(inside), noise, rows)
         return expand(c_skip, x) * x + expand(c_out, x) * raw.to(dtype)
+
+
+class EDMPrecond(Precond):
+    r"""Denoiser with EDM's preconditioning (Karras et al. 2022, arXiv:2206.00364, Eq. 7).
+
+    The coefficients are those of :func:`edm_coefficients`: D(x, 0) = x, so the same form serves
+    diffusion models and ECT.
+
+    Args:
+        backbone: Raw network F(x, c_noise, class labels).
+        sigma_data: Standard deviation of the data, > 0.
+        noise_scale: Factor on :math:`c_\text{noise}`: 1, or 1000 for OpenAI's networks.
+
+    Raises:
+        InputError: If an argument is outside its range.
+    """
+
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Give ``(c_skip, c_out, c_in, c_noise)``, each with the shape of ``sigma``."""
+        return edm_coefficients(sigma, self.sigma_data)
+
+
+class ConsistencyPrecond(Precond):
+    r"""Denoiser that is the identity at the smallest noise level exactly (CD, CT, iCT, GC).
+
+    .. math:: c_\text{skip} = \frac{\sigma_d^2}{(\sigma - \epsilon)^2 + \sigma_d^2}, \qquad
+              c_\text{out} = \frac{(\sigma - \epsilon)\, \sigma_d}{\sqrt{\sigma^2 + \sigma_d^2}}
+
+    with :math:`\epsilon` = ``sigma_min``; the other coefficients are EDM's. Song et al. 2023,
+    arXiv:2303.01469. The official PyTorch code takes ``noise_scale`` 1000, the JAX
+    code and iCT 1.
+
+    Args:
+        backbone: Raw network F(x, c_noise, class labels).
+        sigma_data: Standard deviation of the data, > 0.
+        sigma_min: Noise level at which f is the identity, >= 0.
+        noise_scale: Factor on :math:`c_\text{noise}`: 1, or 1000 for OpenAI's networks.
+
+    Raises:
+        InputError: If an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.002,
+        noise_scale: float = 1.0,
+    ) -> None:
+        super().__init__(backbone, sigma_data, noise_scale)
+        if not sigma_min >= 0:
+            raise InputError(f"ConsistencyPrecond: sigma_min must be 0 or more, got {sigma_min}.")
+        self.sigma_min = sigma_min
+
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Give ``(c_skip, c_out, c_in, c_noise)``, each with the shape of ``sigma``."""
+        _, _, c_in, c_noise = edm_coefficients(sigma, self.sigma_data)
+        above = sigma - self.sigma_min
+        c_skip = self.sigma_data**2 / (above.square() + self.sigma_data**2)
+        return c_skip, above * self.sigma_data * c_in, c_in, c_noise

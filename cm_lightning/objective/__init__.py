@@ -1,34 +1,61 @@
 """The loss: five leaves (pair law, coupling, solver, distance, weighting) and their assembly."""
 
-from cm_lightning.objective.coupling import Coupled, Coupling, Denoise, Independent
-from cm_lightning.objective.discretization import Discretization, ECTMapping, LogNormal
-from cm_lightning.objective.distance import L2, Distance, PseudoHuber, SquaredL2
+from cm_lightning.objective.coupling import (
+    Coupled,
+    Coupling,
+    Denoise,
+    GeneratorCoupling,
+    Independent,
+    MinibatchOT,
+)
+from cm_lightning.objective.discretization import (
+    Discretization,
+    DoublingGrid,
+    ECTMapping,
+    Grid,
+    GrowingGrid,
+    KarrasGrid,
+    LogNormal,
+)
+from cm_lightning.objective.distance import L1, L2, Distance, PseudoHuber, SquaredL2
+from cm_lightning.objective.lpips import LPIPS
 from cm_lightning.objective.objective import Draw, Objective, paired_forward, shared_dropout
-from cm_lightning.objective.posterior import PosteriorMean, SampleMean
-from cm_lightning.objective.solver import Euler, Solver
-from cm_lightning.objective.weighting import EDM, COut, InverseStep, Uniform, Weighting
+from cm_lightning.objective.posterior import PosteriorMean, SampleMean, TeacherMean
+from cm_lightning.objective.solver import Euler, Heun, Solver
+from cm_lightning.objective.weighting import EDM, SNR, COut, InverseStep, Uniform, Weighting
 
 __all__ = [
     "EDM",
+    "L1",
     "L2",
+    "LPIPS",
+    "SNR",
     "COut",
     "Coupled",
     "Coupling",
     "Denoise",
     "Discretization",
     "Distance",
+    "DoublingGrid",
     "Draw",
     "ECTMapping",
     "Euler",
+    "GeneratorCoupling",
+    "Grid",
+    "GrowingGrid",
+    "Heun",
     "Independent",
     "InverseStep",
+    "KarrasGrid",
     "LogNormal",
+    "MinibatchOT",
     "Objective",
     "PosteriorMean",
     "PseudoHuber",
     "SampleMean",
     "Solver",
     "SquaredL2",
+    "TeacherMean",
     "Uniform",
     "Weighting",
     "paired_forward",

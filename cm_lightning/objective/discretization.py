@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
+from cm_lightning.sigmas import karras_sigmas
 from cm_lightning.types import InputError
 
-__all__ = ["Discretization", "ECTMapping", "LogNormal"]
+__all__ = [
+    "Discretization",
+    "DoublingGrid",
+    "ECTMapping",
+    "Grid",
+    "GrowingGrid",
+    "KarrasGrid",
+    "LogNormal",
+]
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,13 @@ class Discretization(ABC):
     @abstractmethod
     def stage(self, nimg: int) -> int:
         """Index of the discretization stage after ``nimg`` images, from 0."""
+
+    def spanning(self, total_kimg: float) -> Discretization:
+        """The same law, its schedule stretched over a run of ``total_kimg`` thousand images.
+
+        A schedule that was given a length of its own keeps it.
+        """
+        return self
 
 
 @dataclass(frozen=True)
@@ -131,3 +148,213 @@ class ECTMapping(Discretization):
         """Draw ``n`` pairs, each ``(n,)`` float64."""
         t = LogNormal(self.p_mean, self.p_std).sample(n, device, generator)
         return t, self.r(t, self.stage(nimg))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Discretization):
+    r"""Neighbours on a Karras grid :math:`\sigma_1 < \dots < \sigma_N`: base of the grids below.
+
+    .. math:: (t, r) = (\sigma_{i+1}, \sigma_i), \qquad i \sim p(i), \quad i = 1, \dots, N - 1
+
+    with p uniform, or a log-normal law of the level in discrete form (iCT, arXiv:2310.14189):
+    :math:`p(i) \propto \mathrm{erf}\bigl(\tfrac{\ln \sigma_{i+1} - p_\text{mean}}{\sqrt 2
+    p_\text{std}}\bigr) - \mathrm{erf}\bigl(\tfrac{\ln \sigma_i - p_\text{mean}}{\sqrt 2
+    p_\text{std}}\bigr)`. The smallest level is never t. Both ends of the grid are exact, where
+    official code leaves a rounding error of 3e-18 at 0.002.
+
+    Args:
+        sigma_min: Smallest level, > 0; a denoiser's own ``sigma_min`` should equal it.
+        sigma_max: Largest level, > ``sigma_min``.
+        rho: Curvature of the grid, > 0.
+        noise: Log-normal law of the level, or ``None`` for uniform indices.
+
+    Raises:
+        InputError: If an argument is outside its range.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    noise: LogNormal | None = None
+
+    def __post_init__(self) -> None:
+        karras_sigmas(2, self.sigma_min, self.sigma_max, self.rho)
+
+    @abstractmethod
+    def size(self, nimg: int) -> int:
+        """Number of levels N after ``nimg`` images, >= 2."""
+
+    def levels(self, nimg: int, device: torch.device | None = None) -> Tensor:
+        """The levels in increasing order, float64, ``(N,)``."""
+        n = self.size(nimg)
+        return karras_sigmas(n, self.sigma_min, self.sigma_max, self.rho, device).flip(0)
+
+    def probabilities(self, nimg: int, device: torch.device | None = None) -> Tensor:
+        """Probability of each pair of neighbours, float64, ``(N - 1,)``, smallest levels first."""
+        levels = self.levels(nimg, device)
+        if self.noise is None:
+            return torch.ones_like(levels[1:]) / (len(levels) - 1)
+        scaled = (levels.log() - self.noise.p_mean) / (math.sqrt(2) * self.noise.p_std)
+        mass = torch.erf(scaled).diff()
+        return mass / mass.sum()
+
+    def sample(
+        self, n: int, nimg: int, device: torch.device, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Draw ``n`` pairs of neighbours, each ``(n,)`` float64."""
+        levels = self.levels(nimg, device)
+        below = self.probabilities(nimg, device).cumsum(0)
+        u = torch.rand(n, device=device, generator=generator, dtype=torch.float64)
+        index = torch.searchsorted(below, u, right=True).clamp_max(len(levels) - 2)
+        return levels[index + 1], levels[index]
+
+
+@dataclass(frozen=True)
+class KarrasGrid(Grid):
+    """A fixed number of levels (CD, arXiv:2303.01469): 18 on CIFAR-10, 40 on ImageNet-64.
+
+    Args:
+        n: Number of levels, >= 2.
+        sigma_min: Smallest level, > 0.
+        sigma_max: Largest level.
+        rho: Curvature of the grid, > 0.
+        noise: Log-normal law of the level, or ``None`` for uniform indices.
+
+    Raises:
+        InputError: If an argument is outside its range.
+    """
+
+    n: int = 18
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n < 2:
+            raise InputError(f"KarrasGrid: n must be 2 or more, got {self.n}.")
+
+    def size(self, nimg: int) -> int:
+        """Always ``n``."""
+        return self.n
+
+    def stage(self, nimg: int) -> int:
+        """Always 0."""
+        return 0
+
+
+@dataclass(frozen=True)
+class _Scheduled(Grid):
+    """A grid that grows from about ``s0`` to ``s1`` intervals over the run."""
+
+    s0: int = 2
+    s1: int = 150
+    total_kimg: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        if not 1 <= self.s0 <= self.s1:
+            raise InputError(f"{name}: needs 1 <= s0 <= s1, got s0 {self.s0} and s1 {self.s1}.")
+        if self.total_kimg is not None and not self.total_kimg > 0:
+            raise InputError(f"{name}: total_kimg must be positive, got {self.total_kimg}.")
+
+    def spanning(self, total_kimg: float) -> Self:
+        """The grid with ``total_kimg`` as its length unless it has one."""
+        return self if self.total_kimg is not None else replace(self, total_kimg=total_kimg)
+
+    @property
+    def total_nimg(self) -> int:
+        """Length of the schedule in images.
+
+        Raises:
+            InputError: If it has none yet.
+        """
+        if self.total_kimg is None:
+            raise InputError(f"{type(self).__name__} has no length: give total_kimg.")
+        return round(1000 * self.total_kimg)
+
+
+@dataclass(frozen=True)
+class GrowingGrid(_Scheduled):
+    r"""CT's grid, which grows with the square root of progress, and its target rate.
+
+    .. math:: N(p) = \Bigl\lceil \sqrt{p\,((s_1 + 1)^2 - s_0^2) + s_0^2} - 1 \Bigr\rceil + 1,
+              \qquad \mu(p) = \exp\Bigl(\frac{s_0 \ln \mu_0}{N(p) - 1}\Bigr)
+
+    with progress :math:`p = \text{nimg} / \text{total}`, the official code's k / K (Song et al.
+    2023, arXiv:2303.01469). The paper divides by N(p) in :math:`\mu`, the code by N(p) - 1;
+    ``rate`` chooses.
+
+    Args:
+        s0: Intervals at the start, >= 1.
+        s1: Intervals at the end. CIFAR-10: 150, ImageNet-64: 200.
+        total_kimg: Length of the schedule, ``None`` for that of the run.
+        mu0: Target rate at the start, in (0, 1). CIFAR-10: 0.9, ImageNet-64: 0.95.
+        rate: ``"code"`` or ``"paper"``.
+        sigma_min: Smallest level, > 0.
+        sigma_max: Largest level.
+        rho: Curvature of the grid, > 0.
+        noise: Log-normal law of the level, or ``None`` for uniform indices.
+
+    Raises:
+        InputError: If an argument is outside its range.
+    """
+
+    mu0: float = 0.9
+    rate: Literal["code", "paper"] = "code"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.mu0 < 1:
+            raise InputError(f"GrowingGrid: mu0 must lie between 0 and 1, got {self.mu0}.")
+
+    def size(self, nimg: int) -> int:
+        """Number of levels N."""
+        progress = min(nimg / self.total_nimg, 1)
+        intervals = math.sqrt(progress * ((self.s1 + 1) ** 2 - self.s0**2) + self.s0**2) - 1
+        return max(math.ceil(intervals), 1) + 1
+
+    def stage(self, nimg: int) -> int:
+        """Levels added since the start."""
+        return self.size(nimg) - self.size(0)
+
+    def target_rate(self, nimg: int) -> float:
+        """Share mu of the target network that survives a step after ``nimg`` images, in (0, 1)."""
+        scales = self.size(nimg) - (self.rate == "code")
+        return math.exp(self.s0 * math.log(self.mu0) / scales)
+
+
+@dataclass(frozen=True)
+class DoublingGrid(_Scheduled):
+    r"""iCT's grid, which doubles its intervals at equal distances, with log-normal indices.
+
+    .. math:: N = \min\bigl(s_0\, 2^{\lfloor \text{nimg} / K' \rfloor}, s_1\bigr) + 1, \qquad
+              K' = \Bigl\lfloor \frac{K}{\log_2 \lfloor s_1 / s_0 \rfloor + 1} \Bigr\rfloor
+
+    with K the run's length in images (Song and Dhariwal 2023, arXiv:2310.14189, there in steps).
+    The defaults give 11, 21, 41, ..., 1281 levels, an eighth of the run each.
+
+    Args:
+        s0: Intervals at the start, >= 1.
+        s1: Intervals at the end.
+        total_kimg: Length of the schedule, ``None`` for that of the run.
+        sigma_min: Smallest level, > 0.
+        sigma_max: Largest level.
+        rho: Curvature of the grid, > 0.
+        noise: Log-normal law of the level, or ``None`` for uniform indices.
+
+    Raises:
+        InputError: If an argument is outside its range.
+    """
+
+    noise: LogNormal | None = field(default=LogNormal(-1.1, 2.0), kw_only=True)
+    s0: int = 10
+    s1: int = 1280
+
+    def stage(self, nimg: int) -> int:
+        """Number of doublings."""
+        stages = math.log2(self.s1 // self.s0) + 1
+        length = max(math.floor(self.total_nimg / stages), 1)
+        return min(nimg // length, math.ceil(math.log2(self.s1 / self.s0)))
+
+    def size(self, nimg: int) -> int:
+        """Number of levels N."""
+        return int(min(self.s0 * 2 ** self.stage(nimg), self.s1)) + 1

@@ -1,7 +1,7 @@
 r"""Distances between two batches of images, one number per image, ``(B,)``.
 
-All are functions of the squared norm :math:`S = \lVert a - b \rVert_2^2` summed over the **whole**
-image (channels and pixels), never averaged or taken per pixel, and are computed in fp32 or better.
+Those of pixels are taken over the **whole** image (channels and pixels), summed unless told
+otherwise, and computed in fp32 or better.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cm_lightning.types import InputError
 
-__all__ = ["L2", "Distance", "PseudoHuber", "SquaredL2"]
+__all__ = ["L1", "L2", "Distance", "PseudoHuber", "SquaredL2"]
 
 
 def _squared_norm(a: Tensor, b: Tensor) -> Tensor:
@@ -26,6 +26,13 @@ def _squared_norm(a: Tensor, b: Tensor) -> Tensor:
 class Distance(ABC):
     """Distance between images, one number per image."""
 
+    def prepare(self, image_shape: tuple[int, int, int] | None) -> None:  # noqa: B027
+        """Check images of shape ``(C, H, W)`` and read what is needed, before training starts.
+
+        Raises:
+            InputError: If the distance does not suit such images, or something is missing.
+        """
+
     @abstractmethod
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Distance of ``a`` and ``b``, both ``(B, C, H, W)``; returns ``(B,)``, >= 0."""
@@ -33,11 +40,36 @@ class Distance(ABC):
 
 @dataclass(frozen=True)
 class SquaredL2(Distance):
-    r"""Squared Euclidean distance :math:`\lVert a - b \rVert_2^2`."""
+    r"""Squared Euclidean distance :math:`\lVert a - b \rVert_2^2`.
+
+    Args:
+        mean: Divide by the number of values per image, as OpenAI's CD and CT code does ("l2"). It
+            matters for RAdam's first five steps, which follow the gradient's size.
+    """
+
+    mean: bool = False
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Sum of squared differences, ``(B,)``."""
-        return _squared_norm(a, b)
+        """Sum (or mean) of squared differences, ``(B,)``."""
+        squared = _squared_norm(a, b)
+        return squared / a[0].numel() if self.mean else squared
+
+
+@dataclass(frozen=True)
+class L1(Distance):
+    r"""Sum of absolute differences :math:`\lVert a - b \rVert_1`.
+
+    Args:
+        mean: Divide by the number of values per image, as OpenAI's CD and CT code does ("l1").
+    """
+
+    mean: bool = False
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """Sum (or mean) of absolute differences, ``(B,)``."""
+        dtype = torch.promote_types(torch.float32, a.dtype)
+        total = (a.to(dtype) - b.to(dtype)).abs().flatten(1).sum(1)
+        return total / a[0].numel() if self.mean else total
 
 
 @dataclass(frozen=True)

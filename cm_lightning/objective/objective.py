@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cm_lightning.objective.coupling import Coupling
+from cm_lightning.objective.coupling import Coupling, Denoise
 from cm_lightning.objective.discretization import Discretization
 from cm_lightning.objective.distance import Distance
 from cm_lightning.objective.solver import Solver
@@ -145,7 +145,22 @@ class Objective:
     distance: Distance
     weighting: Weighting
 
-    def __call__(self, online: Denoiser, target: Denoiser, batch: Batch, draw: Draw) -> LossOutput:
+    def spanning(self, total_kimg: float) -> Objective:
+        """The same objective, its schedules stretched over ``total_kimg`` thousand images."""
+        return replace(
+            self,
+            discretization=self.discretization.spanning(total_kimg),
+            coupling=self.coupling.spanning(total_kimg),
+        )
+
+    def __call__(
+        self,
+        online: Denoiser,
+        target: Denoiser,
+        batch: Batch,
+        draw: Draw,
+        endpoint: Denoiser | None = None,
+    ) -> LossOutput:
         """Draw noise and return the loss of each image.
 
         Args:
@@ -153,6 +168,7 @@ class Objective:
             target: Network of the target, may be ``online``.
             batch: Images ``(B, C, H, W)`` and labels.
             draw: Source of randomness; its ``nimg`` decides the discretization.
+            endpoint: Network that predicts endpoints for the coupling, ``None`` for ``online``.
         """
         n = len(batch.x0)
         generator = draw.generator()
@@ -161,7 +177,16 @@ class Objective:
         z = draw.normal(batch.x0, generator)
         u = torch.rand(draw.total, device=draw.device, dtype=torch.float64, generator=generator)
         return self.evaluate(
-            online, target, batch, t, r, z, draw.rows(u, n), dropout_seed=draw.dropout_seed()
+            online,
+            target,
+            batch,
+            t,
+            r,
+            z,
+            draw.rows(u, n),
+            endpoint=endpoint,
+            nimg=draw.nimg,
+            dropout_seed=draw.dropout_seed(),
         )
 
     def evaluate(
@@ -174,6 +199,8 @@ class Objective:
         z: Tensor,
         u: Tensor,
         *,
+        endpoint: Denoiser | None = None,
+        nimg: int = 0,
         dropout_seed: int = 0,
     ) -> LossOutput:
         """The deterministic part: the loss at given levels and noise.
@@ -186,15 +213,12 @@ class Objective:
             r: Smaller levels, ``(B,)`` float64.
             z: Unit noise, ``(B, C, H, W)``.
             u: Uniform numbers for the coupling, ``(B,)``.
+            endpoint: Network that predicts endpoints, ``None`` for ``online``.
+            nimg: Images seen so far, for the coupling's schedule.
             dropout_seed: Seed of the dropout masks.
         """
-
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            with torch.no_grad():
-                endpoint: Tensor = target(x, sigma.to(x.dtype), batch.labels)
-            return endpoint
-
-        x0, z, _ = self.coupling(batch, z, u, r, denoise)
+        denoise = _prediction(online if endpoint is None else endpoint, batch, dropout_seed)
+        x0, z, _ = self.coupling(batch, z, u, t, r, nimg, denoise)
         batch = batch._replace(x0=x0)
         x_t = x0 + expand(t, x0) * z
         x_r = self.solver(x_t, t, r, batch)
@@ -204,3 +228,19 @@ class Objective:
         distance = self.distance(prediction, goal)
         weight = self.weighting(t, r, online.sigma_data)
         return LossOutput(distance * weight.to(distance.dtype), distance.detach(), t, r)
+
+
+def _prediction(network: Denoiser, batch: Batch, dropout_seed: int) -> Denoise:
+    """The network's prediction of endpoints, under dropout masks of its own if it drops out."""
+
+    def denoise(x: Tensor, sigma: Tensor, *, dropout: bool = False) -> Tensor:
+        training = network.training
+        network.train(dropout)
+        try:
+            with torch.no_grad(), shared_dropout(dropout_seed ^ 1, x.device):
+                endpoint: Tensor = network(x, sigma.to(x.dtype), batch.labels)
+        finally:
+            network.train(training)
+        return endpoint.to(x.dtype)
+
+    return denoise

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["EDM", "COut", "InverseStep", "Uniform", "Weighting"]
+__all__ = ["EDM", "SNR", "COut", "InverseStep", "Uniform", "Weighting"]
 
 
 class Weighting(ABC):
@@ -62,3 +63,25 @@ class EDM(COut):
     Karras et al. 2022, arXiv:2206.00364, Table 1. The same function as :class:`COut`, under the
     name that diffusion training knows.
     """
+
+
+@dataclass(frozen=True)
+class SNR(Weighting):
+    r"""Signal-to-noise weights of OpenAI's code, all of the larger level t.
+
+    ``snr``: :math:`1/t^2`; ``snr+1``: :math:`1/t^2 + 1`; ``truncated-snr``:
+    :math:`\max(1/t^2, 1)`. The code's signal-to-noise ratio leaves :math:`\sigma_d^2` out; its
+    "karras" weight is :class:`COut`.
+
+    Args:
+        kind: ``"snr"``, ``"snr+1"`` or ``"truncated-snr"``.
+    """
+
+    kind: Literal["snr", "snr+1", "truncated-snr"] = "snr"
+
+    def __call__(self, t: Tensor, r: Tensor, sigma_data: float) -> Tensor:
+        """Weight by the signal-to-noise ratio, ``(B,)``."""
+        snr = 1 / t.square()
+        if self.kind == "snr+1":
+            return snr + 1
+        return snr.clamp_min(1) if self.kind == "truncated-snr" else snr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from typing import Any
 
@@ -11,12 +12,15 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch.optim import Optimizer
 
-from cm_lightning.objective import Draw
+from cm_lightning.callbacks import TargetNetworkCallback
+from cm_lightning.ema import EMAProfile
+from cm_lightning.files import hash_tensors
+from cm_lightning.objective import Draw, GeneratorCoupling, Grid, Objective
 from cm_lightning.optim import GradientGuard, GradientStats, LearningRate
 from cm_lightning.types import Batch, Denoiser, InputError, LossOutput
-from cm_lightning.weights import check_weights
+from cm_lightning.weights import Pretrained, check_weights, start_from
 
-__all__ = ["ConsistencyModule", "TrainingStopped", "radam"]
+__all__ = ["ConsistencyModule", "TrainingStopped", "radam", "radam_cm"]
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Precisions in which weights, noise levels and losses stay fp32."""
@@ -30,17 +34,23 @@ class TrainingStopped(RuntimeError):
 
 
 def radam(parameters: Any) -> Optimizer:
-    """RAdam with rate 1e-4, betas (0.9, 0.999): the optimizer of CM, iCT and ECT."""
+    """RAdam with rate 1e-4, betas (0.9, 0.999): the optimizer of iCT and ECT."""
     return torch.optim.RAdam(parameters, lr=1e-4)
+
+
+def radam_cm(parameters: Any) -> Optimizer:
+    """RAdam with rate 4e-4, betas (0.9, 0.999): the optimizer of CD and CT on CIFAR-10."""
+    return torch.optim.RAdam(parameters, lr=4e-4)
 
 
 class ConsistencyModule(L.LightningModule):
     """Base of all regimes; a regime implements :meth:`loss` and nothing else.
 
     Callbacks rely on few public names: ``denoiser``; ``nimg``, the number of images seen by all
-    ranks; ``stage`` and ``gradient_stats`` for the logs. ``nimg`` advances by the global batch
-    right after each optimizer step, before any callback runs. Randomness is a pure function of
-    (seed, nimg, row in the global batch), so a resumed run repeats an uninterrupted one.
+    ranks; ``averages``; ``schedule`` and ``gradient_stats`` for the logs. ``nimg`` advances by the
+    global batch right after each optimizer step, before any callback runs. Randomness is a pure
+    function of (seed, nimg, row in the global batch), so a resumed run repeats an uninterrupted
+    one.
 
     Args:
         denoiser: The network that is trained.
@@ -49,10 +59,14 @@ class ConsistencyModule(L.LightningModule):
         learning_rate: Factor on the optimizer's rate over the run.
         gradients: Sanitising of gradients.
         seed: Seed of noise levels, noise and dropout, >= 0.
+        init: Weights to start from, ``None`` for random ones.
 
     Raises:
-        InputError: If ``total_kimg`` is not positive or the seed is negative.
+        InputError: If ``total_kimg`` is not positive, the seed is negative, or ``init`` is missing
+            or of another network.
     """
+
+    objective: Objective
 
     def __init__(
         self,
@@ -62,6 +76,7 @@ class ConsistencyModule(L.LightningModule):
         learning_rate: LearningRate = LearningRate(),
         gradients: GradientGuard = GradientGuard(),
         seed: int = 0,
+        init: Pretrained | None = None,
     ) -> None:
         super().__init__()
         if not total_kimg > 0:
@@ -78,6 +93,76 @@ class ConsistencyModule(L.LightningModule):
         self.gradient_stats: GradientStats | None = None
         self._micro_step = 0
         self.global_batch = 0
+        self.averages: dict[str, EMAProfile] = {}
+        """Averaged copies of the denoiser that the loss needs, by the name of their attribute."""
+        self.origins: dict[str, dict[str, Any]] = {}
+        """Weights of other runs that this one uses, by role, with path and SHA-256."""
+        self._borrowed: dict[str, Denoiser] = {}
+        if init is not None:
+            loaded, info = init.load()
+            start_from(denoiser, loaded, init.path)
+            digest = hash_tensors(loaded.state_dict())
+            self.origins["init"] = info | {"path": init.path, "sha256": digest}
+
+    def borrow(self, role: str, denoiser: Denoiser, path: str, info: dict[str, Any]) -> None:
+        """Keep a frozen network of another run, such as a teacher, beside the module.
+
+        It is no submodule: optimizer, averages, checkpoints and DDP do not know it. It follows the
+        module to its device when training starts, and a resumed run refuses it if it changed.
+
+        Args:
+            role: What it is for; one word.
+            denoiser: The network; it is frozen and put into eval mode.
+            path: Where it came from.
+            info: What is known about it.
+        """
+        self._borrowed[role] = denoiser.requires_grad_(False).eval()
+        digest = hash_tensors(denoiser.state_dict())
+        self.origins[role] = info | {"path": path, "sha256": digest}
+
+    def assemble(self, objective: Objective, target: EMAProfile | None = None) -> None:
+        """Take the objective, and make the networks that it needs besides the denoiser.
+
+        Args:
+            objective: The objective; schedules without a length get that of the run.
+            target: Profile of an averaged target network, ``None`` for the denoiser itself.
+        """
+        self.objective = objective.spanning(self.total_kimg)
+        if target is not None:
+            self._average("target", target)
+        coupling = objective.coupling
+        if isinstance(coupling, GeneratorCoupling):
+            if coupling.endpoint == "ema":
+                self._average("endpoint", coupling.average)
+            if coupling.weights is not None:
+                weights, info = Pretrained(coupling.weights).load()
+                check_twin(self.denoiser, weights, f"endpoint {coupling.weights}")
+                self.borrow("endpoint", weights, coupling.weights, info)
+
+    def _average(self, name: str, profile: EMAProfile) -> None:
+        self.add_module(name, copy.deepcopy(self.denoiser).requires_grad_(False))
+        self.averages[name] = profile
+
+    def network(self, role: str) -> Denoiser:
+        """The network of a role: a borrowed one, an averaged one, else the denoiser itself."""
+        if role in self._borrowed:
+            return self._borrowed[role]
+        return getattr(self, role) if role in self.averages else self.denoiser
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """The callback without which averaged networks would never move."""
+        return [TargetNetworkCallback()] if self.averages else []
+
+    def on_fit_start(self) -> None:
+        """Take borrowed networks along to the device."""
+        for denoiser in self._borrowed.values():
+            denoiser.to(self.device)
+
+    def objective_loss(self, batch: Batch, draw: Draw) -> LossOutput:
+        """The objective's loss with this run's networks: what most regimes return."""
+        return self.objective(
+            self.denoiser, self.network("target"), batch, draw, self.network("endpoint")
+        )
 
     @abstractmethod
     def loss(self, batch: Batch, draw: Draw) -> LossOutput:
@@ -95,6 +180,17 @@ class ConsistencyModule(L.LightningModule):
         return None if objective is None else int(objective.discretization.stage(self.nimg))
 
     @property
+    def schedule(self) -> dict[str, float]:
+        """Where the schedules stand: stage, number of levels, rates of averaged networks."""
+        values = {} if self.stage is None else {"stage": float(self.stage)}
+        grid = None if self.stage is None else self.objective.discretization
+        if isinstance(grid, Grid):
+            values["levels"] = float(grid.size(self.nimg))
+        for name, profile in self.averages.items():
+            values[f"{name}_rate"] = profile.beta(self.nimg, self.global_batch)
+        return values
+
+    @property
     def total_nimg(self) -> int:
         """Length of the run in images."""
         return round(1000 * self.total_kimg)
@@ -108,6 +204,8 @@ class ConsistencyModule(L.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             check_fit(self.denoiser, data.image_shape, data.num_classes)
+        if self.stage is not None:
+            self.objective.distance.prepare(None if data is None else data.image_shape)
         if self.trainer.precision not in PRECISIONS:
             raise InputError(
                 f"trainer.precision must be one of {', '.join(PRECISIONS)}, got "
@@ -177,6 +275,7 @@ class ConsistencyModule(L.LightningModule):
             "seed": self.seed,
             "regime": type(self).__name__,
             "data": getattr(data, "fingerprint", None),
+            "borrowed": {role: self.origins[role]["sha256"] for role in self._borrowed},
             "nonfinite_steps": 0 if stats is None else int(stats.nonfinite_steps),
             "streak": 0 if stats is None else int(stats.streak),
         }
@@ -199,10 +298,39 @@ class ConsistencyModule(L.LightningModule):
                 f"The checkpoint was trained on data with fingerprint {state['data'][:16]}, "
                 f"the config's data have {fingerprint[:16]}."
             )
+        for role, digest in state["borrowed"].items():
+            found = self.origins.get(role, {"sha256": "none", "path": "the config"})
+            if found["sha256"] != digest:
+                raise InputError(
+                    f"The {role} changed since the run started: {found['path']} now has SHA-256 "
+                    f"{found['sha256'][:16]}, the checkpoint was trained with {digest[:16]}."
+                )
         self.nimg = int(state["nimg"])
         count, streak = state["nonfinite_steps"], state["streak"]
         self.gradient_stats = GradientStats(
             torch.zeros(()), torch.tensor(count), torch.tensor(streak)
+        )
+
+
+def check_twin(denoiser: Denoiser, other: Denoiser, what: str) -> None:
+    """Check that another network takes the images and labels of the trained one.
+
+    Args:
+        denoiser: The trained network.
+        other: The other one.
+        what: What it is and where it lies, for messages.
+
+    Raises:
+        InputError: If shapes or numbers of classes differ.
+    """
+    if other.image_shape != denoiser.image_shape:
+        raise InputError(
+            f"The {what} takes images of shape {other.image_shape} (channels, height, width), "
+            f"model.denoiser takes {denoiser.image_shape}."
+        )
+    if other.num_classes != denoiser.num_classes:
+        raise InputError(
+            f"The {what} knows {other.num_classes} classes, model.denoiser {denoiser.num_classes}."
         )
 
 

@@ -9,6 +9,7 @@ from cm_lightning.objective import EDM, Draw, LogNormal, SquaredL2, Weighting, s
 from cm_lightning.optim import GradientGuard, LearningRate
 from cm_lightning.regimes.base import ConsistencyModule
 from cm_lightning.types import Batch, Denoiser, LossOutput, expand
+from cm_lightning.weights import Pretrained
 
 __all__ = ["Diffusion", "adam"]
 
@@ -36,6 +37,7 @@ class Diffusion(ConsistencyModule):
         noise: Law of the noise level.
         weighting: Weight of the squared error.
         seed: Seed of noise levels, noise and dropout.
+        init: Weights to start from, ``None`` for random ones.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class Diffusion(ConsistencyModule):
         noise: LogNormal = LogNormal(),
         weighting: Weighting = EDM(),
         seed: int = 0,
+        init: Pretrained | None = None,
     ) -> None:
-        super().__init__(denoiser, total_kimg, optimizer, learning_rate, gradients, seed)
+        super().__init__(denoiser, total_kimg, optimizer, learning_rate, gradients, seed, init)
         self.noise = noise
         self.weighting = weighting
         self.distance = SquaredL2()

@@ -21,6 +21,7 @@ from cm_lightning.objective import (
 from cm_lightning.optim import GradientGuard, LearningRate
 from cm_lightning.regimes.base import ConsistencyModule, radam
 from cm_lightning.types import Batch, Denoiser, LossOutput
+from cm_lightning.weights import Pretrained
 
 __all__ = ["ECT"]
 
@@ -48,6 +49,7 @@ class ECT(ConsistencyModule):
         distance: Distance of the two ends. CIFAR-10: L2; ImageNet-64: PseudoHuber(0.06).
         weighting: CIFAR-10: InverseStep; ImageNet-64: COut.
         seed: Seed of noise levels, noise and dropout.
+        init: Weights to start from, as published those of a diffusion model.
     """
 
     def __init__(
@@ -62,12 +64,12 @@ class ECT(ConsistencyModule):
         distance: Distance = L2(),
         weighting: Weighting = InverseStep(),
         seed: int = 0,
+        init: Pretrained | None = None,
     ) -> None:
-        super().__init__(denoiser, total_kimg, optimizer, learning_rate, gradients, seed)
-        self.objective = Objective(
-            discretization, coupling, Euler(SampleMean()), distance, weighting
-        )
+        super().__init__(denoiser, total_kimg, optimizer, learning_rate, gradients, seed, init)
+        solver = Euler(SampleMean())
+        self.assemble(Objective(discretization, coupling, solver, distance, weighting))
 
     def loss(self, batch: Batch, draw: Draw) -> LossOutput:
         """Loss of each image, ``(B,)``."""
-        return self.objective(self.denoiser, self.denoiser, batch, draw)
+        return self.objective_loss(batch, draw)

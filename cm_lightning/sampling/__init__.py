@@ -2,7 +2,7 @@
 
 from cm_lightning.sampling.consistency import check_sigmas, image_noise, multistep
 from cm_lightning.sampling.numbered import draw_images, draw_labels, evaluating
-from cm_lightning.sampling.ode import heun, karras_sigmas
+from cm_lightning.sampling.ode import heun
 from cm_lightning.sampling.samplers import (
     DEFAULT_SAMPLERS,
     HeunSampler,
@@ -23,6 +23,5 @@ __all__ = [
     "evaluating",
     "heun",
     "image_noise",
-    "karras_sigmas",
     "multistep",
 ]

@@ -7,44 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from cm_lightning.types import Denoiser, InputError
+from cm_lightning.types import Denoiser
 
-__all__ = ["heun", "karras_sigmas"]
-
-
-def karras_sigmas(
-    n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
-) -> Tensor:
-    r"""Karras grid of ``n`` decreasing noise levels (arXiv:2206.00364, Eq. 5).
-
-    .. math:: \sigma_i = \bigl(\sigma_\text{max}^{1/\rho} + \tfrac{i}{n-1}
-              (\sigma_\text{min}^{1/\rho} - \sigma_\text{max}^{1/\rho})\bigr)^\rho
-
-    Args:
-        n: Number of levels, >= 2.
-        sigma_min: Last level, > 0.
-        sigma_max: First level, > sigma_min.
-        rho: Curvature, > 0.
-
-    Returns:
-        float64 tensor ``(n,)``; both ends are exact, free of the formula's rounding.
-
-    Raises:
-        InputError: If an argument is outside its range.
-    """
-    if n < 2:
-        raise InputError(f"a Karras grid needs at least 2 levels, got {n}.")
-    if not 0 < sigma_min < sigma_max:
-        raise InputError(
-            f"noise levels need 0 < sigma_min < sigma_max, got {sigma_min:g} and {sigma_max:g}."
-        )
-    if not rho > 0:
-        raise InputError(f"rho must be positive, got {rho}.")
-    ramp = torch.arange(n, dtype=torch.float64) / (n - 1)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    grid: Tensor = (high + ramp * (low - high)) ** rho
-    grid[0], grid[-1] = sigma_max, sigma_min
-    return grid
+__all__ = ["heun"]
 
 
 @torch.no_grad()
@@ -56,7 +21,8 @@ def heun(denoiser: Denoiser, noise: Tensor, sigmas: Tensor, labels: Tensor | Non
     Args:
         denoiser: A diffusion model.
         noise: Unit noise ``(B, C, H, W)``.
-        sigmas: N decreasing levels > 0, see :func:`karras_sigmas`; 0 is appended.
+        sigmas: N decreasing levels > 0, see :func:`~cm_lightning.sigmas.karras_sigmas`; 0 is
+            appended.
         labels: Class indices ``(B,)`` or ``None``.
 
     Returns:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cm_lightning.sampling.consistency import check_sigmas, multistep
-from cm_lightning.sampling.ode import heun, karras_sigmas
+from cm_lightning.sampling.ode import heun
+from cm_lightning.sigmas import karras_sigmas
 from cm_lightning.types import Denoiser, InputError
 
 __all__ = ["DEFAULT_SAMPLERS", "HeunSampler", "MultistepSampler", "Sampler", "check_samplers"]

@@ -2,20 +2,24 @@
 
 from cm_lightning.weights.portable import (
     Loaded,
+    Pretrained,
     build_denoiser,
     check_weights,
     from_pretrained,
     load_weights,
     read_checkpoint,
     save_weights,
+    start_from,
 )
 
 __all__ = [
     "Loaded",
+    "Pretrained",
     "build_denoiser",
     "check_weights",
     "from_pretrained",
     "load_weights",
     "read_checkpoint",
     "save_weights",
+    "start_from",
 ]

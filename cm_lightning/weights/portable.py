@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,15 @@ from torch import Tensor
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.version import __version__
 
-__all__ = ["Loaded", "build_denoiser", "from_pretrained", "load_weights", "save_weights"]
+__all__ = [
+    "Loaded",
+    "Pretrained",
+    "build_denoiser",
+    "from_pretrained",
+    "load_weights",
+    "save_weights",
+    "start_from",
+]
 
 _FORMAT = 1
 
@@ -33,6 +42,49 @@ class Loaded(NamedTuple):
 
     denoiser: Denoiser
     info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where trained weights lie.
+
+    Args:
+        path: Run directory, checkpoint in one, or weights folder, see :func:`load_weights`.
+        ema: EMA profile of a run, ``None`` for its first one.
+    """
+
+    path: str
+    ema: str | None = None
+
+    def load(self) -> Loaded:
+        """Read the denoiser, see :func:`load_weights`."""
+        return load_weights(self.path, self.ema)
+
+
+def start_from(denoiser: Denoiser, weights: Denoiser, where: str) -> None:
+    """Copy trained weights into a denoiser that may have another preconditioning.
+
+    Args:
+        denoiser: The network to be trained.
+        weights: The trained one.
+        where: Where it comes from, for messages.
+
+    Raises:
+        InputError: If image shape, classes, sigma_data or any tensor differ.
+    """
+    for what, ours, theirs in (
+        ("images of shape (C, H, W)", denoiser.image_shape, weights.image_shape),
+        ("a number of classes", denoiser.num_classes, weights.num_classes),
+        ("a sigma_data", denoiser.sigma_data, weights.sigma_data),
+    ):
+        if ours != theirs:
+            raise InputError(
+                f"The weights of {where} cannot start this network: they are for {what} of "
+                f"{theirs}, model.denoiser has {ours}."
+            )
+    own, loaded = denoiser.state_dict(), weights.state_dict()
+    check_weights(own, loaded, where)
+    denoiser.load_state_dict(loaded)
 
 
 def build_denoiser(config: Mapping[str, Any], where: str) -> Denoiser:

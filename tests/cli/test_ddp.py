@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cli.conftest import DIGITS, TINY
+from tests.cli.conftest import ROOT, TINY
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("regime", ["ect", "gc"])
+def test_two_processes_equal_one(tmp_path, regime):
+    config = ROOT / "configs" / f"{regime}_digits.yaml"
     checkpoints, rows = [], []
     for devices in (1, 2):
         run = tmp_path / str(devices)
-        words = [Path(sys.executable).parent / "cm-fit", "--config", DIGITS, "--config", TINY]
+        words = [Path(sys.executable).parent / "cm-fit", "--config", config, "--config", TINY]
         words += ["--run_dir", run, "--trainer.devices", str(devices)]
         words += ["--model.denoiser.backbone.dropout", "0", "--model.total_kimg", "0.32"]
         done = subprocess.run(

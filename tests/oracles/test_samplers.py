@@ -13,9 +13,9 @@ from cm_lightning.sampling import (
     check_samplers,
     heun,
     image_noise,
-    karras_sigmas,
     multistep,
 )
+from cm_lightning.sigmas import karras_sigmas
 from cm_lightning.types import InputError
 from tests.toys import FunctionDenoiser, gaussian_denoiser, gaussian_endpoint
 

@@ -1,0 +1,149 @@
+"""CD: consistency distillation of a diffusion model (Song et al. 2023, arXiv:2303.01469)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.cli import OptimizerCallable
+
+from cm_lightning.ema import ConstantEMA, EMAProfile
+from cm_lightning.networks import ConsistencyPrecond
+from cm_lightning.objective import (
+    LPIPS,
+    Coupling,
+    Discretization,
+    Distance,
+    Draw,
+    Euler,
+    Heun,
+    Independent,
+    KarrasGrid,
+    Objective,
+    TeacherMean,
+    Uniform,
+    Weighting,
+)
+from cm_lightning.optim import GradientGuard, LearningRate
+from cm_lightning.regimes.base import ConsistencyModule, check_twin, radam_cm
+from cm_lightning.types import Batch, Denoiser, InputError, LossOutput
+from cm_lightning.weights import Pretrained, start_from
+
+__all__ = ["CD"]
+
+
+class CD(ConsistencyModule):
+    r"""A student that maps noise to where its teacher's ODE solver would arrive.
+
+    .. math:: \mathcal L = E\bigl[d\bigl(f_\theta(x_t, t),\; f_{\theta^-}(\hat x_r, r)
+              \bigr)\bigr], \qquad \hat x_r = \text{one solver step of the teacher from } x_t,
+              \qquad \theta^- \leftarrow \mu\,\theta^- + (1 - \mu)\,\theta
+
+    with (t, r) uniform neighbours on a Karras grid (arXiv:2303.01469, Algorithm 2). The best
+    student equals the teacher's solver on that grid, not the exact flow. The teacher is frozen, in
+    eval mode, and part of neither optimizer, averages nor checkpoints.
+
+    Guidance distils :math:`D_u + w (D_c - D_u)` at one fixed scale w; the student sees only the
+    label.
+
+    Args:
+        denoiser: :math:`f_\theta(x, \sigma)` with boundary-condition preconditioning.
+        teacher: A diffusion model: a run of the regime Diffusion, or imported weights.
+        total_kimg: Length of the run in thousands of images. CIFAR-10: 409,600.
+        optimizer: Called with the parameters. CIFAR-10: RAdam 4e-4; ImageNet-64: RAdam 8e-6.
+        learning_rate: Factor on the optimizer's rate; constant as published.
+        gradients: Sanitising of gradients.
+        discretization: Law of (t, r). CIFAR-10: 18 levels; ImageNet-64: 40.
+        coupling: Law of (x0, z).
+        solver: ``"heun"`` (published) or ``"euler"``.
+        guidance: Guidance scale w of the teacher, >= 0; 1 for none.
+        distance: Distance of the two ends, as published LPIPS.
+        weighting: Weight of the distance.
+        target: Profile of the target network. CIFAR-10: rate 0, which is the student itself;
+            ImageNet-64: rate 0.95.
+        seed: Seed of noise levels, noise and dropout.
+        init: ``"teacher"`` (published), ``"random"``, or other weights.
+
+    Raises:
+        InputError: If the teacher is missing, no diffusion model, of another resolution or number
+            of classes, or cannot be guided.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        teacher: Pretrained,
+        total_kimg: float = 409600.0,
+        optimizer: OptimizerCallable = radam_cm,
+        learning_rate: LearningRate = LearningRate(),
+        gradients: GradientGuard = GradientGuard(),
+        discretization: Discretization = KarrasGrid(18),
+        coupling: Coupling = Independent(),
+        solver: Literal["heun", "euler"] = "heun",
+        guidance: float = 1.0,
+        distance: Distance = LPIPS(),
+        weighting: Weighting = Uniform(),
+        target: EMAProfile = ConstantEMA(0.0),
+        seed: int = 0,
+        init: Literal["teacher", "random"] | Pretrained = "teacher",
+    ) -> None:
+        weights = init if isinstance(init, Pretrained) else None
+        super().__init__(denoiser, total_kimg, optimizer, learning_rate, gradients, seed, weights)
+        network, info = load_teacher(denoiser, teacher, guidance)
+        self.borrow("teacher", network, teacher.path, info)
+        if init == "teacher":
+            start_from(denoiser, network, teacher.path)
+        mean = TeacherMean(network, guidance)
+        step = Heun(mean) if solver == "heun" else Euler(mean)
+        self.assemble(Objective(discretization, coupling, step, distance, weighting), target)
+
+    def loss(self, batch: Batch, draw: Draw) -> LossOutput:
+        """Loss of each image, ``(B,)``."""
+        return self.objective_loss(batch, draw)
+
+
+def load_teacher(
+    denoiser: Denoiser, teacher: Pretrained, guidance: float
+) -> tuple[Denoiser, dict[str, Any]]:
+    """Load a teacher and check that it can teach this student.
+
+    Args:
+        denoiser: The student.
+        teacher: Where the teacher lies.
+        guidance: Guidance scale.
+
+    Returns:
+        The teacher and what its run said about it.
+
+    Raises:
+        InputError: If it cannot.
+    """
+    path = Path(teacher.path)
+    if not path.exists():
+        config = path.name if path.name.startswith("diffusion_") else "diffusion_digits"
+        raise InputError(
+            f"CD needs a teacher and there is none at {path}. Train one first: "
+            f"cm-fit --config configs/{config}.yaml --run_dir {path}"
+        )
+    network, info = teacher.load()
+    if info.get("regime", "Diffusion") != "Diffusion" or isinstance(network, ConsistencyPrecond):
+        raise InputError(
+            f"The teacher {path} is no diffusion model: it was trained by {info.get('regime')} "
+            f"and is a {type(network).__name__}."
+        )
+    check_twin(denoiser, network, f"teacher {path}")
+    if guidance < 0:
+        raise InputError(f"model.guidance must be 0 or more (1 for none), got {guidance}.")
+    if guidance != 1:
+        backbone = getattr(network, "model", None)
+        if not network.num_classes:
+            raise InputError(
+                f"model.guidance is {guidance}, but the teacher {path} is unconditional: guidance "
+                "needs one that was trained with and without labels."
+            )
+        if not getattr(backbone, "label_dropout", 0):
+            raise InputError(
+                f"model.guidance is {guidance}, but the teacher {path} always saw labels: train it "
+                "with label_dropout (0.1, say) in its backbone."
+            )
+    return network, info
