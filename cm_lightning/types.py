@@ -8,11 +8,13 @@ gives them image shape where they are used.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["Batch", "Denoiser", "InputError", "LossOutput", "expand"]
+__all__ = ["Batch", "Denoiser", "InputError", "LossOutput", "References", "expand"]
 
 
 class InputError(ValueError):
@@ -22,6 +24,24 @@ class InputError(ValueError):
     """
 
 
+class References(NamedTuple):
+    """Images of the data among which a posterior mean is estimated.
+
+    Attributes:
+        images: ``(M, C, H, W)``, uint8 grey levels or floats in [-1, 1].
+        labels: Class indices ``(M,)`` or ``None``; rows of a batch use those of their own class.
+        index: Positions ``(M,)`` in the numbering of :class:`Batch`, so that an image is not
+            counted twice.
+        nearest: Distance from each image of the *batch* to its nearest other reference (a lower
+            bound of it), ``(B,)``, or ``None`` if it is not known.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    nearest: Tensor | None = None
+
+
 class Batch(NamedTuple):
     """One batch of training images, already on the device.
 
@@ -29,12 +49,19 @@ class Batch(NamedTuple):
         x0: Clean images in [-1, 1], shape ``(B, C, H, W)``.
         labels: Class indices ``(B,)``, int64, or ``None`` for an unconditional model.
             The value -1 stands for "no class".
-        index: Position of each image in the data store, ``(B,)``, int64.
+        index: Position of each image in the data store, ``(B,)``, int64; mirrored images count
+            on from the store's length.
+        references: Other images of the data, for regimes that use them.
+        generated: ``(B,)`` bool, rows whose ``x0`` a coupling made; ``None`` for none.
+        notes: Where leaves put values per image, ``(B,)``, for the logs; ``None`` if nobody asks.
     """
 
     x0: Tensor
     labels: Tensor | None
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    references: References | None = None
+    generated: Tensor | None = None
+    notes: dict[str, Tensor] | None = None
 
 
 class LossOutput(NamedTuple):
@@ -45,12 +72,14 @@ class LossOutput(NamedTuple):
         distance: Distance before weighting, without gradient.
         t: Larger noise level of the pair.
         r: Smaller noise level of the pair, ``0 <= r < t``.
+        notes: More values per image for the logs, by name.
     """
 
     loss: Tensor
     distance: Tensor
     t: Tensor
     r: Tensor
+    notes: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Denoiser(nn.Module, ABC):

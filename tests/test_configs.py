@@ -19,7 +19,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def test_all_configs_are_collected():
-    regimes = ("cd", "ct", "diffusion", "ect", "gc", "ict")
+    regimes = ("cd", "ct", "diffusion", "ect", "gc", "ict", "sct")
     names = {f"{regime}_{data}" for regime in regimes for data in ("digits", "fashion")}
     assert {path.stem for path in CONFIGS} == names
 

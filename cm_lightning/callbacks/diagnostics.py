@@ -29,6 +29,8 @@ class DiagnosticsCallback(StepCallback):
     (steps so far with a non-finite gradient), ``schedule/learning_rate``,
     ``schedule/stage``, ``schedule/levels`` (size of the grid), ``schedule/target_rate``,
     ``speed/images_per_second`` and ``memory/peak_gb`` (of the device, or of the process on CPU).
+    Regimes may add values per bin: SCT the effective sample size of its weights (``ess``), the
+    ``largest_weight``, the share of ``skipped`` rows and the ``discrepancy`` of target and sample.
     W&B also gets a histogram of the per-image loss, ``loss_histogram`` over log10.
     Sums stay on the device until a window ends and are stored in checkpoints, so a resumed run
     logs what an uninterrupted one does (speed and memory apart).
@@ -55,6 +57,7 @@ class DiagnosticsCallback(StepCallback):
         """Values of the last full window."""
         self._sums: Tensor | None = None
         self._histogram = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64)
+        self._notes: dict[str, Tensor] = {}
         self._edges = torch.tensor(self.edges, dtype=torch.float64)
         self._clock = 0.0
         self._counted = 0
@@ -88,6 +91,11 @@ class DiagnosticsCallback(StepCallback):
         place = (values[:, 1].clamp_min(1e-30).log10() - low) / (high - low) * HISTOGRAM_BINS
         place = place.nan_to_num(HISTOGRAM_BINS - 1).clamp(0, HISTOGRAM_BINS - 1).long()
         self._histogram.index_add_(0, place, ones.double())
+        for name, note in output.notes.items():
+            if name not in self._notes:
+                self._notes[name] = torch.zeros(len(self.bins), dtype=torch.float64)
+            self._notes[name] = self._notes[name].to(note.device)
+            self._notes[name].index_add_(0, bins, note.detach().double())
 
     def on_step(self, trainer: L.Trainer, pl_module: Any, before: int, after: int) -> None:
         """Add the gradient norm; at the end of a window log and start anew."""
@@ -119,6 +127,12 @@ class DiagnosticsCallback(StepCallback):
             if count:
                 metrics[f"loss_by_sigma/{name}"] = float(loss / count)
                 metrics[f"distance_by_sigma/{name}"] = float(distance / count)
+        for note, values in self._notes.items():
+            means = trainer.strategy.reduce(values.clone(), reduce_op="sum").cpu()
+            values.zero_()
+            for name, count, value in zip(self.bins, counts, means, strict=True):
+                if count:
+                    metrics[f"{note}/{name}"] = float(value / count)
         now = time.perf_counter()
         images = pl_module.nimg - self._counted
         metrics["speed/images_per_second"] = images / max(now - self._clock, 1e-9)
@@ -133,11 +147,12 @@ class DiagnosticsCallback(StepCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Sums of the window under way."""
-        return {"sums": self._sums, "histogram": self._histogram}
+        return {"sums": self._sums, "histogram": self._histogram, "notes": self._notes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the window under way."""
         self._sums, self._histogram = state_dict["sums"], state_dict["histogram"]
+        self._notes = dict(state_dict["notes"])
 
 
 def peak_memory(device: torch.device) -> float:

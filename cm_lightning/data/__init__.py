@@ -2,6 +2,7 @@
 
 from cm_lightning.data.module import BatchPlan, ImageDataModule, RawBatch
 from cm_lightning.data.readers import IDX, Digits, Source, read_idx
+from cm_lightning.data.references import ReferenceBank, ReferenceSet, nearest_distances
 from cm_lightning.data.sampler import Order, Rows, StepSampler
 from cm_lightning.data.store import ImageStore, Resize, default_cache, to_float, write_store
 
@@ -13,11 +14,14 @@ __all__ = [
     "ImageStore",
     "Order",
     "RawBatch",
+    "ReferenceBank",
+    "ReferenceSet",
     "Resize",
     "Rows",
     "Source",
     "StepSampler",
     "default_cache",
+    "nearest_distances",
     "read_idx",
     "to_float",
     "write_store",

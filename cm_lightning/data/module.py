@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cm_lightning.data.readers import Source
+from cm_lightning.data.references import ReferenceBank, ReferenceSet, nearest_distances
 from cm_lightning.data.sampler import Rows, StepSampler
 from cm_lightning.data.store import (
     ImageStore,
@@ -133,6 +134,8 @@ class ImageDataModule(L.LightningDataModule):
         self.seed = seed
         self._store: ImageStore | None = None
         self._resident: Tensor | None = None
+        self._bank: ReferenceBank | None = None
+        self._nearest: Tensor | None = None
 
     def plan(self, world: int) -> BatchPlan:
         """Split the global batch over ``world`` devices.
@@ -211,6 +214,25 @@ class ImageDataModule(L.LightningDataModule):
                 )
             self.trainer.accumulate_grad_batches = plan.accumulation
 
+    def use_references(self, spec: ReferenceSet, skip: bool) -> None:
+        """Give every batch references from the bank (after ``setup``).
+
+        Args:
+            spec: Which ones.
+            skip: Whether batches carry the distance to the nearest other image; it is computed
+                once and kept beside the store.
+
+        Raises:
+            InputError: If there are fewer than asked for.
+        """
+        conditional = bool(self.num_classes)
+        self._bank = ReferenceBank(self.store, spec, conditional, self.flip, self.seed)
+        if skip:
+            device = torch.device("cpu")
+            if self.trainer is not None:
+                device = self.trainer.strategy.root_device
+            self._nearest = nearest_distances(self.store, conditional, self.flip, device)
+
     def train_dataloader(self) -> DataLoader[RawBatch]:
         """Endless micro-batches of this rank, starting at the module's count of images.
 
@@ -246,10 +268,18 @@ class ImageDataModule(L.LightningDataModule):
         if images is None:
             assert self._resident is not None
             images = self._resident[batch.index]
-        x0 = to_float(images)
+        x0, index = to_float(images), batch.index
         if self.flip:
             x0 = torch.where(batch.flip[:, None, None, None], x0.flip(-1), x0)
-        return Batch(x0, batch.labels, batch.index)
+            index = index + len(self.store) * batch.flip
+        references = None
+        if self._bank is not None:
+            nimg = int(getattr(self.trainer.lightning_module, "nimg", 0)) if self.trainer else 0
+            references = self._bank(batch.labels, nimg, x0.device, self._resident)
+            if self._nearest is not None:
+                self._nearest = self._nearest.to(x0.device)
+                references = references._replace(nearest=self._nearest[batch.index])
+        return Batch(x0, batch.labels, index, references)
 
     def use_temporary_cache(self, folder: Path) -> None:
         """Write nothing outside ``folder``: read the store if it exists, else make it there."""

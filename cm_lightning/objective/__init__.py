@@ -20,7 +20,14 @@ from cm_lightning.objective.discretization import (
 from cm_lightning.objective.distance import L1, L2, Distance, PseudoHuber, SquaredL2
 from cm_lightning.objective.lpips import LPIPS
 from cm_lightning.objective.objective import Draw, Objective, paired_forward, shared_dropout
-from cm_lightning.objective.posterior import PosteriorMean, SampleMean, TeacherMean
+from cm_lightning.objective.posterior import (
+    PosteriorMean,
+    ReferenceMean,
+    ReferenceSums,
+    SampleMean,
+    TeacherMean,
+    merge_sums,
+)
 from cm_lightning.objective.solver import Euler, Heun, Solver
 from cm_lightning.objective.weighting import EDM, SNR, COut, InverseStep, Uniform, Weighting
 
@@ -52,12 +59,15 @@ __all__ = [
     "Objective",
     "PosteriorMean",
     "PseudoHuber",
+    "ReferenceMean",
+    "ReferenceSums",
     "SampleMean",
     "Solver",
     "SquaredL2",
     "TeacherMean",
     "Uniform",
     "Weighting",
+    "merge_sums",
     "paired_forward",
     "shared_dropout",
 ]

@@ -94,9 +94,13 @@ class ECTMapping(Discretization):
               r = \max\bigl(0,\; t\,(1 - n(t)\, q^{-(s+1)})\bigr), \qquad
               n(t) = 1 + k\,\mathrm{sigmoid}(-b t)
 
-    with stage :math:`s = \lfloor \text{nimg} / (1000\,\text{kimg\_per\_stage}) \rfloor`, at most
-    ``stages - 1``. Geng et al. 2024 (ECT), arXiv:2406.14548. The official code starts a stage up to
-    one batch later because it counts in ticks; stages here begin at exact multiples.
+    with stage :math:`s = \lfloor m\, \text{nimg} / (1000\,\text{kimg\_per\_stage}) \rfloor / m`, at
+    most ``stages - 1``. Geng et al. 2024 (ECT), arXiv:2406.14548. The official code starts a stage
+    up to one batch later because it counts in ticks; stages here begin at exact multiples.
+
+    ``substeps`` m = 1 is ECT's staircase. SCT shrinks "smoother" (arXiv:2410.18958, whose formula
+    is not recoverable): m = 4 spreads each factor q over four shrinks of :math:`q^{1/4}`, ``None``
+    shrinks continuously; both ends stay ECT's.
 
     Args:
         p_mean: Mean of ln t. CIFAR-10: -1.1, ImageNet-64: -0.8.
@@ -106,6 +110,7 @@ class ECTMapping(Discretization):
         b: Slope of the sigmoid, >= 0.
         kimg_per_stage: Length of a stage in thousands of images, > 0.
         stages: Number of stages, >= 1.
+        substeps: m >= 1, or ``None`` for infinitely many.
 
     Raises:
         InputError: If an argument is outside its range.
@@ -118,6 +123,7 @@ class ECTMapping(Discretization):
     b: float = 1.0
     kimg_per_stage: float = 3200.0
     stages: int = 8
+    substeps: int | None = 1
 
     def __post_init__(self) -> None:
         for name, ok, allowed in (
@@ -127,27 +133,36 @@ class ECTMapping(Discretization):
             ("b", self.b >= 0, "0 or more"),
             ("kimg_per_stage", self.kimg_per_stage > 0, "positive"),
             ("stages", self.stages >= 1, "1 or more"),
+            ("substeps", self.substeps is None or self.substeps >= 1, "1 or more, or null"),
         ):
             if not ok:
                 raise InputError(
                     f"ECTMapping: {name} must be {allowed}, got {getattr(self, name)}."
                 )
 
-    def stage(self, nimg: int) -> int:
-        """Index of the stage after ``nimg`` images."""
-        return min(math.floor(nimg / (1000 * self.kimg_per_stage)), self.stages - 1)
+    def progress(self, nimg: int) -> float:
+        """Stage after ``nimg`` images, with its fraction."""
+        stage = nimg / (1000 * self.kimg_per_stage)
+        if self.substeps is not None:
+            stage = math.floor(self.substeps * stage) / self.substeps
+        return min(stage, self.stages - 1)
 
-    def r(self, t: Tensor, stage: int) -> Tensor:
+    def stage(self, nimg: int) -> int:
+        """Index of the whole stage after ``nimg`` images."""
+        return math.floor(self.progress(nimg))
+
+    def r(self, t: Tensor, stage: float) -> Tensor:
         """Give the smaller level at a stage, same shape and dtype as ``t``."""
         n = 1 + self.k * torch.sigmoid(-self.b * t)
-        return (t * (1 - n * self.q ** -(stage + 1))).clamp_min(0)
+        gap: Tensor = n * self.q ** -(stage + 1)
+        return (t * (1 - gap)).clamp_min(0)
 
     def sample(
         self, n: int, nimg: int, device: torch.device, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Draw ``n`` pairs, each ``(n,)`` float64."""
         t = LogNormal(self.p_mean, self.p_std).sample(n, device, generator)
-        return t, self.r(t, self.stage(nimg))
+        return t, self.r(t, self.progress(nimg))
 
 
 @dataclass(frozen=True, kw_only=True)

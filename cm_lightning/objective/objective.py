@@ -218,8 +218,9 @@ class Objective:
             dropout_seed: Seed of the dropout masks.
         """
         denoise = _prediction(online if endpoint is None else endpoint, batch, dropout_seed)
-        x0, z, _ = self.coupling(batch, z, u, t, r, nimg, denoise)
-        batch = batch._replace(x0=x0)
+        x0, z, generated = self.coupling(batch, z, u, t, r, nimg, denoise)
+        notes: dict[str, Tensor] = {}
+        batch = batch._replace(x0=x0, generated=generated, notes=notes)
         x_t = x0 + expand(t, x0) * z
         x_r = self.solver(x_t, t, r, batch)
         prediction, goal = paired_forward(
@@ -227,7 +228,7 @@ class Objective:
         )
         distance = self.distance(prediction, goal)
         weight = self.weighting(t, r, online.sigma_data)
-        return LossOutput(distance * weight.to(distance.dtype), distance.detach(), t, r)
+        return LossOutput(distance * weight.to(distance.dtype), distance.detach(), t, r, notes)
 
 
 def _prediction(network: Denoiser, batch: Batch, dropout_seed: int) -> Denoise:

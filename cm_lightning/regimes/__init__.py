@@ -7,5 +7,16 @@ from cm_lightning.regimes.diffusion import Diffusion
 from cm_lightning.regimes.ect import ECT
 from cm_lightning.regimes.gc import GC
 from cm_lightning.regimes.ict import ICT
+from cm_lightning.regimes.sct import SCT
 
-__all__ = ["CD", "CT", "ECT", "GC", "ICT", "ConsistencyModule", "Diffusion", "TrainingStopped"]
+__all__ = [
+    "CD",
+    "CT",
+    "ECT",
+    "GC",
+    "ICT",
+    "SCT",
+    "ConsistencyModule",
+    "Diffusion",
+    "TrainingStopped",
+]

@@ -10,7 +10,7 @@ import torch
 
 from tests.cli.conftest import ROOT, TINY
 
-REGIMES = ("diffusion", "cd", "ct", "ict", "ect", "gc")
+REGIMES = ("diffusion", "cd", "ct", "ict", "ect", "gc", "sct")
 COARSE = {  # few levels, so that 30 steps carry the data up to the largest noise
     "cd": ["--model.discretization.n", 4, "--model.target.rate", 0.2],
     "ct": ["--model.discretization.s1", 4, "--model.discretization.mu0", 0.1],

@@ -1,0 +1,224 @@
+"""Which images of the data set a training step takes as references for SCT."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cm_lightning.data.store import ImageStore, to_float
+from cm_lightning.types import InputError, References
+
+__all__ = ["ReferenceBank", "ReferenceSet", "nearest_distances"]
+
+_WHOLE = 1 << 31
+"""Bytes up to which all classes stay on the device together; beyond, classes are fetched."""
+
+
+@dataclass(frozen=True)
+class ReferenceSet:
+    """Where the references of a step come from.
+
+    Args:
+        source: ``"bank"`` for the data set (images of the row's class if there are labels),
+            ``"batch"`` for the batch itself.
+        n: References per row, the own image included: a random subset, drawn anew each step, of
+            the set or of each class in the batch. ``None`` for all. An image that is drawn itself
+            has one other reference less.
+        gather: With ``"batch"``: the batches of all devices together.
+
+    Raises:
+        InputError: If ``n`` is below 1, or does not fit the source.
+    """
+
+    source: Literal["bank", "batch"] = "bank"
+    n: int | None = None
+    gather: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n is not None and self.n < 1:
+            raise InputError(f"references.n must be 1 or more, or null for all, got {self.n}.")
+        if self.n is not None and self.source == "batch":
+            raise InputError("references.n belongs to the bank; the batch is used as it is.")
+        if self.gather and self.source == "bank":
+            raise InputError("references.gather belongs to the batch; the bank is complete.")
+
+
+class ReferenceBank:
+    """References from a store: all images, those of some classes, or random subsets of them.
+
+    It is no part of a module: checkpoints, averages and DDP do not see it.
+
+    Args:
+        store: The images.
+        spec: Which of them.
+        conditional: Whether a row uses its own class only.
+        flip: Whether mirrored images belong to the data.
+        seed: Seed of random subsets.
+
+    Raises:
+        InputError: If more references are asked for than there are, or a class has no image.
+    """
+
+    def __init__(
+        self, store: ImageStore, spec: ReferenceSet, conditional: bool, flip: bool, seed: int
+    ) -> None:
+        self.store, self.spec, self.seed = store, spec, seed
+        self.size = len(store) * (2 if flip else 1)
+        self.flip = flip
+        self.members: list[npt.NDArray[np.int64]] | None = None
+        if conditional:
+            assert store.labels is not None
+            labels = np.concatenate([store.labels] * (2 if flip else 1))
+            order = np.argsort(labels, kind="stable").astype(np.int64)
+            ends = np.searchsorted(labels[order], np.arange(store.num_classes + 1))
+            self.members = [order[a:b] for a, b in pairwise(ends)]
+        self._check()
+        self._whole: References | None = None
+
+    def _check(self) -> None:
+        counts = [self.size] if self.members is None else [len(rows) for rows in self.members]
+        least = int(np.argmin(counts))
+        where = "the data have" if self.members is None else f"label {least} has"
+        wanted = self.spec.n or 1
+        if counts[least] < wanted:
+            raise InputError(
+                f"references.n asks for {wanted} references per image and {where} only "
+                f"{counts[least]}: lower it, or set it to null for all there are."
+            )
+
+    def __call__(
+        self, labels: Tensor | None, nimg: int, device: torch.device, images: Tensor | None = None
+    ) -> References:
+        """References for a batch.
+
+        Args:
+            labels: Class indices of the batch, ``(B,)`` or ``None``.
+            nimg: Images seen so far; decides random subsets.
+            device: Where they are wanted.
+            images: All images of the store on that device, if they are there already.
+        """
+        n = self.spec.n
+        if n is None and (self.members is None or self.store.images.nbytes <= _WHOLE):
+            if self._whole is None or self._whole.images.device != device:
+                self._whole = self._take(np.arange(self.size), device, images)
+            return self._whole
+        state = np.random.SeedSequence((self.seed, nimg, 2))
+        generator = np.random.Generator(np.random.PCG64(state))
+        if self.members is None:
+            assert n is not None
+            return self._take(np.sort(generator.choice(self.size, n - 1, False)), device, images)
+        chosen = []
+        present = set() if labels is None else set(labels.tolist())
+        for label, rows in enumerate(self.members):
+            # drawn for every class, so that a class has the same subset on every device
+            draw = rows if n is None else rows[generator.choice(len(rows), n - 1, False)]
+            if label in present:
+                chosen.append(draw)
+        picked = np.concatenate(chosen) if chosen else np.empty(0, np.int64)
+        return self._take(picked, device, images)
+
+    def _take(
+        self, index: npt.NDArray[np.int64], device: torch.device, images: Tensor | None
+    ) -> References:
+        places = index % len(self.store)
+        if images is None:
+            pixels = torch.from_numpy(np.ascontiguousarray(self.store.images[places])).to(device)
+        else:
+            pixels = images[torch.from_numpy(places).to(device)]
+        where = torch.from_numpy(index).to(device)
+        if self.flip:
+            mirrored = where >= len(self.store)
+            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+        labels = None
+        if self.members is not None:
+            assert self.store.labels is not None
+            labels = torch.from_numpy(self.store.labels[places]).to(device)
+        return References(pixels, labels, where)
+
+
+def nearest_distances(
+    store: ImageStore, conditional: bool, flip: bool, device: torch.device, chunk: int = 2048
+) -> Tensor:
+    """Distance from every image to its nearest other one, for the skip rule; computed once.
+
+    Distances are Euclidean over images in [-1, 1], within the class if ``conditional``, against
+    mirrored images too if ``flip``; exact duplicates are ignored, as they share one mean. The
+    result is kept beside the store.
+
+    Args:
+        store: The images.
+        conditional: Whether only images of the same class count.
+        flip: Whether mirrored images belong to the data.
+        device: Where to compute.
+        chunk: Images per block.
+
+    Returns:
+        ``(N,)`` fp32 on the CPU; infinite for an image alone in its class.
+    """
+    name = f"nearest{'-label' if conditional else ''}{'-flip' if flip else ''}.npy"
+    path = store.path / name
+    if path.is_file():
+        found = np.load(path, allow_pickle=False)
+        if found.shape == (len(store),):
+            return torch.from_numpy(found)
+    result = torch.full((len(store),), torch.inf)
+    groups = [np.arange(len(store))]
+    if conditional:
+        assert store.labels is not None
+        groups = [np.flatnonzero(store.labels == label) for label in range(store.num_classes)]
+    for rows, block in _progress(groups, chunk):
+        x = _floats(store, block, device)
+        best = torch.full((len(block),), torch.inf, dtype=torch.float64, device=device)
+        for start in range(0, len(rows), chunk):
+            y = _floats(store, rows[start : start + chunk], device)
+            for other in (y, y.flip(-1)) if flip else (y,):
+                best = torch.minimum(best, _nearest(x.flatten(1), other.flatten(1)))
+        result[torch.from_numpy(block)] = best.sqrt().float().cpu()
+    partial = path.with_name(f".{name}.{uuid.uuid4().hex}.npy")
+    try:
+        np.save(partial, result.numpy(), allow_pickle=False)
+        os.replace(partial, path)
+    except OSError:
+        Path(partial).unlink(missing_ok=True)  # a cache that cannot be written is computed again
+    return result
+
+
+def _floats(store: ImageStore, rows: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+    return to_float(torch.from_numpy(np.ascontiguousarray(store.images[rows])).to(device))
+
+
+def _nearest(x: Tensor, y: Tensor) -> Tensor:
+    """Smallest squared distance of each row of x to a row of y that is not a duplicate, (B,)."""
+    norms = x.square().sum(1)[:, None] + y.square().sum(1)
+    squares = (norms - 2 * x @ y.T).double()
+    # one grey level in one pixel is a squared distance of 6e-5; rounding reaches 1e-5 of the norms
+    close = squares < 1e-4 * (1 + norms)
+    for i, j in close.nonzero().tolist():
+        exact = float((x[i].double() - y[j].double()).square().sum())
+        squares[i, j] = exact if exact > 0 else torch.inf
+    return squares.clamp_min(0).min(1).values
+
+
+def _progress(
+    groups: list[npt.NDArray[np.int64]], chunk: int
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Pairs of (rows of a group, block of them), with a bar if it takes a while."""
+    from tqdm import tqdm
+
+    total = sum(len(rows) for rows in groups)
+    with tqdm(total=total, desc="nearest images", unit="img", delay=3.0) as bar:
+        for rows in groups:
+            for start in range(0, len(rows), chunk):
+                block = rows[start : start + chunk]
+                yield rows, block
+                bar.update(len(block))
