@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 
-from cm_lightning.callbacks import CheckpointCallback
+from cm_lightning.callbacks import CheckpointCallback, TargetNetworkCallback
 from cm_lightning.data import Digits, ImageDataModule
 from cm_lightning.ema import WarmupEMA
 from cm_lightning.objective import L2, GeneratorCoupling, GrowingGrid
@@ -72,6 +72,14 @@ def test_average_after_five_steps_and_in_the_checkpoint(name, tmp_path):
     state = torch.load(path, weights_only=True)["state_dict"]
     for (key, _), value in zip(network.named_parameters(), wanted, strict=True):
         assert torch.equal(state[f"{name}.{key}"], value)
+
+
+def test_buffers_are_copied():
+    module = CT(TinyDenoiser(), 0.32, distance=L2())
+    for network, value in ((module.denoiser, 2.0), (module.target, 1.0)):
+        network.register_buffer("counter", torch.tensor(value))
+    TargetNetworkCallback().on_step(None, module, 32, 64)
+    assert float(module.target.counter) == 2
 
 
 def test_the_optimizer_never_sees_averaged_networks(tmp_path):

@@ -27,6 +27,7 @@ from cm_lightning.objective import (
     SquaredL2,
     TeacherMean,
     Uniform,
+    shared_dropout,
 )
 from cm_lightning.regimes import CT, ECT, GC, ICT
 from cm_lightning.types import Batch
@@ -99,6 +100,28 @@ def test_gc_works_with_every_base(denoiser):
     for name, module in bases(denoiser, GeneratorCoupling(0.5)):
         differ = losses(module) != losses(plain[name])  # under ECT only where r > 0
         assert 1 <= int(differ.sum()) <= 28, name
+
+
+def test_the_endpoint_drops_out_only_if_told_and_under_masks_of_its_own(denoiser):
+    seen = {}
+    for dropout in (False, True):
+        module = GC(denoiser, 1.0, coupling=GeneratorCoupling(1.0, dropout=dropout))
+        module.endpoint.register_forward_pre_hook(
+            lambda _, inputs, dropout=dropout: seen.update({dropout: inputs})
+        )
+        modes = [m.training for m in module.endpoint.modules()]
+        outputs = {}
+        module.endpoint.register_forward_hook(
+            lambda _, __, output, outputs=outputs: outputs.update(x=output)
+        )
+        module.loss(batch(), draw())
+        assert modes == [m.training for m in module.endpoint.modules()]
+        x, sigma = seen[dropout][:2]
+        still = copy.deepcopy(denoiser).eval()(x, sigma)
+        with shared_dropout(draw().dropout_seed(), CPU):
+            pair = copy.deepcopy(denoiser).train()(x, sigma)
+        assert torch.equal(outputs["x"], still) is not dropout
+        assert not torch.equal(outputs["x"], pair)
 
 
 def test_gc_starts_when_told(denoiser):
