@@ -13,16 +13,27 @@ import torch
 
 from tests.cli.conftest import ROOT, TINY
 
+# with in-batch references one micro-batch, so that those of a step are the global batch
+GATHERED = ["--model.references.source=batch", "--model.references.gather=true"]
 
-@pytest.mark.parametrize("regime", ["ect", "gc"])
-def test_two_processes_equal_one(tmp_path, regime):
+
+@pytest.mark.parametrize(
+    ("regime", "options"),
+    [
+        ("ect", []),
+        ("gc", []),
+        ("sct", ["--model.references.n=30"]),
+        ("sct", [*GATHERED, "--data.micro_batch=64"]),
+    ],
+)
+def test_two_processes_equal_one(tmp_path, regime, options):
     config = ROOT / "configs" / f"{regime}_digits.yaml"
     checkpoints, rows = [], []
     for devices in (1, 2):
         run = tmp_path / str(devices)
         words = [Path(sys.executable).parent / "cm-fit", "--config", config, "--config", TINY]
         words += ["--run_dir", run, "--trainer.devices", str(devices)]
-        words += ["--model.denoiser.backbone.dropout", "0", "--model.total_kimg", "0.32"]
+        words += ["--model.denoiser.backbone.dropout", "0", "--model.total_kimg", "0.32", *options]
         done = subprocess.run(
             words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )

@@ -62,13 +62,16 @@ def test_training_improves_on_the_initialisation(train, tmp_path, regime):
     assert after < 0.9 * before
 
 
-@pytest.mark.parametrize("regime", ["cd", "ct", "gc"])
-def test_a_resumed_run_equals_an_uninterrupted_one(train, tmp_path, regime):
-    """Averaged networks included: 10 steps are 5, a restart, and 5."""
-    assert train(regime, tmp_path / "whole").code == 0
-    stopped = train(regime, tmp_path / "halves", "--trainer.max_steps", 5)
+@pytest.mark.parametrize(
+    ("regime", "words"),
+    [("cd", []), ("ct", []), ("gc", []), ("sct", ["--model.references.n", 20])],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(train, tmp_path, regime, words):
+    """Averaged networks and random references included: 10 steps are 5, a restart, and 5."""
+    assert train(regime, tmp_path / "whole", *words).code == 0
+    stopped = train(regime, tmp_path / "halves", *words, "--trainer.max_steps", 5)
     assert stopped.code == 0, stopped.err
-    done = train(regime, tmp_path / "halves")
+    done = train(regime, tmp_path / "halves", *words)
     assert done.code == 0, done.err
     assert "Resuming from" in done.out
     whole, halves = (
@@ -78,7 +81,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, tmp_path, regime):
     assert whole["state_dict"].keys() == halves["state_dict"].keys()
     for name, value in whole["state_dict"].items():
         assert torch.equal(value, halves["state_dict"][name]), name
-    assert any(name.startswith(("target.", "endpoint.")) for name in whole["state_dict"])
+    own = {"cd": {"target"}, "ct": {"target"}, "gc": {"endpoint"}, "sct": set()}[regime]
+    assert {name.split(".")[0] for name in whole["state_dict"]} == {"denoiser"} | own
+
+
+@pytest.mark.parametrize("source", ["bank", "batch"])
+def test_sct_logs_its_weights(train, tmp_path, source):
+    run = tmp_path / "run"
+    assert train("sct", run, "--model.references.source", source).code == 0
+    header, *rows = (run / "metrics.csv").read_text().splitlines()
+    last = dict(zip(header.split(","), rows[0].split(","), strict=True))
+    size, weight = float(last["ess/above_10"]), float(last["largest_weight/above_10"])
+    share, gap = float(last["skipped/below_0.1"]), float(last["discrepancy/below_0.1"])
+    if source == "bank":
+        assert size > 100  # nearly all mirrored images of a class
+        assert weight < 0.05
+        assert share > 0.9
+    else:
+        assert 1 < size < 20
+        assert share == 0
+    assert gap < 0.1
 
 
 def test_target_rate_and_grid_size_are_logged(train, tmp_path):
@@ -175,6 +197,9 @@ MISTAKES = {
     ),
     "negative guidance": ("cd", ["--model.guidance", -1], "guidance must be 0 or more"),
     "student as a teacher": ("cd", ["--model.teacher.path", "{run}"], "is no diffusion model"),
+    "too many references": ("sct", ["--model.references.n", 500], "asks for 500 references"),
+    "references": ("sct", ["--model.references.source", "nowhere"], "nowhere"),
+    "skip": ("sct", ["--model.posterior.skip", -1], "skip must be positive"),
     "mix": ("gc", ["--model.coupling.mix", 1.5], "mix must lie in [0, 1], got 1.5"),
     "mix as text": ("gc", ["--model.coupling.mix", "much"], "much"),
     "frozen endpoint": ("gc", ["--model.coupling.endpoint", "frozen"], "frozen needs weights"),
