@@ -143,5 +143,5 @@ def test_ict_of_the_official_gc_code(path):
     counted = double(official["ict_pmf_11_empirical_200k"])
     error = (counted * (1 - counted) / 200_000).sqrt()
     assert (grid.probabilities(0) - counted).abs().lt(4 * error).all()
-    a, b, d = (double(official["huber"][key]) for key in "abd")
+    a, b, d = (double(official["huber"][key]) for key in ("a", "b", "d"))
     torch.testing.assert_close(PseudoHuber()(a, b), d, rtol=1e-8, atol=0)

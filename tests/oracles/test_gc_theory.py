@@ -154,7 +154,7 @@ def flow_endpoint(points: torch.Tensor, steps: int):
 
 
 def test_digits_are_cheaper_to_reach_than_by_minibatch_transport(generator):
-    """At large t: GC < OT over 512 < OT over 128 < IC, by the margins of the measured table."""
+    """At large t: GC < transport over 512 < over 128 < IC, as in the measured table."""
     points = digits()
     n = 1024
     index = torch.randint(len(points), (n,), generator=generator)
