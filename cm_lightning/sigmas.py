@@ -1,13 +1,16 @@
-"""The grid of noise levels shared by training and sampling."""
+"""Grids of noise levels shared by training and sampling."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from cm_lightning.types import InputError
 
-__all__ = ["karras_sigmas"]
+__all__ = ["check_edges", "karras_sigmas", "phase_edges"]
 
 
 def karras_sigmas(
@@ -48,3 +51,42 @@ def karras_sigmas(
     grid: Tensor = (high + ramp * (low - high)) ** rho
     grid[0], grid[-1] = sigma_max, sigma_min
     return grid
+
+
+def phase_edges(
+    phases: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> tuple[float, ...]:
+    """Edges of ``phases`` segments of the noise axis: a Karras grid whose lowest level is 0.
+
+    SCT's own edges are not recoverable from what is public (arXiv:2410.18958); 2 phases meet at
+    2.515, 4 at 0.170, 2.515 and 17.53.
+
+    Args:
+        phases: Number of segments, >= 1.
+        sigma_min: Level of the grid that 0 replaces.
+        sigma_max: Last edge.
+        rho: Curvature.
+
+    Returns:
+        ``phases + 1`` increasing numbers from 0 to ``sigma_max``.
+
+    Raises:
+        InputError: If ``phases`` is below 1.
+    """
+    if phases < 1:
+        raise InputError(f"phases must be 1 or more, got {phases}.")
+    levels = karras_sigmas(phases + 1, sigma_min, sigma_max, rho).flip(0).tolist()
+    return (0.0, *levels[1:])
+
+
+def check_edges(edges: Sequence[float]) -> None:
+    """Check edges of phases.
+
+    Raises:
+        InputError: If they do not start at 0 and increase.
+    """
+    text = ", ".join(f"{edge:g}" for edge in edges)
+    if len(edges) < 2 or edges[0] != 0:
+        raise InputError(f"edges must start at 0 and have at least one more, got {text}.")
+    if not all(low < high < float("inf") for low, high in pairwise(edges)):
+        raise InputError(f"edges must increase and be finite, got {text}.")

@@ -29,18 +29,28 @@ class EMACallback(StepCallback):
 
     Args:
         profiles: Profiles to track; the first one is the default of samples and exports.
+        snapshots: Shares of the run, in (0, 1), at which every average is kept for good, as
+            ``<profile>@<share>`` in checkpoints and exports: the worse models of guidance.
 
     Raises:
-        InputError: If there is no profile or two share a name.
+        InputError: If there is no profile, two share a name, or a share is outside (0, 1).
     """
 
-    def __init__(self, profiles: Sequence[EMAProfile] = (ConstantEMA(),)) -> None:
+    def __init__(
+        self,
+        profiles: Sequence[EMAProfile] = (ConstantEMA(),),
+        snapshots: Sequence[float] = (),
+    ) -> None:
         names = [profile.name for profile in profiles]
         if not names:
             raise InputError("ema.profiles is empty: give at least one profile.")
         if len(set(names)) < len(names):
             raise InputError(f"ema.profiles must have different names, got {names}.")
+        for share in snapshots:
+            if not 0 < share < 1:
+                raise InputError(f"ema.snapshots must lie between 0 and 1, got {share:g}.")
         self.profiles = list(profiles)
+        self.snapshots = list(snapshots)
         self.averages: dict[str, dict[str, Tensor]] = {}
         self._loaded: dict[str, dict[str, Tensor]] = {}
 
@@ -58,6 +68,8 @@ class EMACallback(StepCallback):
                 key: source[key].detach().to(p.device, torch.float32, copy=True)
                 for key, p in parameters.items()
             }
+        kept = {name: self._loaded[name] for name in self._loaded if "@" in name}
+        self.averages |= kept
         self._loaded = {}
 
     def on_step(self, trainer: L.Trainer, pl_module: Any, before: int, after: int) -> None:
@@ -66,6 +78,12 @@ class EMACallback(StepCallback):
         for profile in self.profiles:
             average = list(self.averages[profile.name].values())
             update_average(average, weights, profile.beta(before, after - before))
+        for share in self.snapshots:
+            if before < share * pl_module.total_nimg <= after:
+                for name in self.names:
+                    live = self.averages[name]
+                    copies = {key: value.cpu().clone() for key, value in live.items()}
+                    self.averages[f"{name}@{share:g}"] = copies
 
     @contextmanager
     def lend(self, denoiser: Denoiser, name: str) -> Iterator[None]:
@@ -73,7 +91,7 @@ class EMACallback(StepCallback):
 
         Args:
             denoiser: The denoiser whose parameters were averaged.
-            name: A profile's name, or ``"live"`` to leave the weights as they are.
+            name: The name of a profile or snapshot, or ``"live"`` to leave the weights as they are.
 
         Raises:
             InputError: If no profile has that name.
@@ -82,12 +100,12 @@ class EMACallback(StepCallback):
             yield
             return
         if name not in self.averages:
-            raise InputError(f"No EMA profile is called '{name}': there are {self.names}.")
+            raise InputError(f"No EMA profile is called '{name}': there are {list(self.averages)}.")
         parameters = _trainable(denoiser)
         live = {key: p.data for key, p in parameters.items()}
         try:
             for key, p in parameters.items():
-                p.data = self.averages[name][key].to(p.dtype)
+                p.data = self.averages[name][key].to(p.device, p.dtype)
             yield
         finally:
             for key, p in parameters.items():
@@ -110,7 +128,8 @@ class EMACallback(StepCallback):
                     f"The checkpoint has no EMA profile '{name}' (it has {sorted(stored)}): "
                     "an average cannot start in mid-run."
                 )
-        self._loaded = {name: stored[name] for name in self.names}
+        kept = {name: value for name, value in stored.items() if "@" in name}
+        self._loaded = {name: stored[name] for name in self.names} | kept
 
 
 def _trainable(denoiser: Denoiser) -> dict[str, torch.nn.Parameter]:

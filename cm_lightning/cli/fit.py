@@ -264,7 +264,7 @@ def export(cli: FitCLI) -> None:
 
     ema = next(c for c in cli.trainer.callbacks if isinstance(c, EMACallback))  # type: ignore[attr-defined]
     model = json.loads(cli.parser.dump(cli.config, format="json"))["model"]
-    for name in ema.names:
+    for name in ema.averages:
         weights = dict(cli.model.denoiser.state_dict()) | ema.averages[name]
         info = {
             "regime": type(cli.model).__name__,

@@ -11,7 +11,15 @@ import torch
 
 from cm_lightning.cli.errors import fail, readable_errors
 from cm_lightning.evaluation import image_grid, save_npz, save_png, to_uint8
-from cm_lightning.sampling import HeunSampler, MultistepSampler, Sampler, draw_images
+from cm_lightning.sampling import (
+    GuidedDenoiser,
+    HeunSampler,
+    MultistepSampler,
+    PhasedSampler,
+    Sampler,
+    draw_images,
+)
+from cm_lightning.sigmas import phase_edges
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.weights import load_weights
 
@@ -41,12 +49,28 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="decreasing noise levels, one network call each [80]",
     )
+    add(
+        "--phases",
+        type=float,
+        nargs="+",
+        help="deterministic phases: their number, or their edges from 0 upwards",
+    )
+    add("--eta", type=float, default=1.0, help="edge skipping of --phases, in (0, 1] [1]")
     add("--heun", type=int, metavar="STEPS", help="EDM's sampler instead, for diffusion models")
     add("--n", type=int, default=64, help="number of images [64]")
     add("--seed", type=int, default=0, help="seed of the noise [0]")
     add("--out", required=True, help="folder for the images; existing files are never replaced")
     add("--labels", type=int, nargs="+", help="classes, repeated as needed [0 1 2 ...]")
     add("--ema", help="EMA profile of a run, or live [the run's first profile]")
+    add(
+        "--guidance",
+        type=float,
+        nargs="+",
+        metavar="W",
+        help="guidance scales, 1 for none; several write a folder each. Two network calls a step",
+    )
+    add("--worse_ema", metavar="NAME", help="guide by this profile or snapshot, as ema_0.9999@0.5")
+    add("--worse", metavar="RUN", help="guide by another run; without either by missing labels")
     add("--grid", action="store_true", help="write one picture, grid.png")
     add("--npz", action="store_true", help="write samples.npz (arr_0: uint8, N x H x W x C)")
     add("--batch", type=int, default=64, help="images per network call [64]")
@@ -61,17 +85,30 @@ def main(args: list[str] | None = None) -> None:
         run(options)
 
 
-def choose_sampler(sigmas: list[float] | None, steps: int | None) -> Sampler:
+def choose_sampler(
+    sigmas: list[float] | None,
+    steps: int | None,
+    phases: list[float] | None = None,
+    eta: float = 1.0,
+) -> Sampler:
     """The sampler the options ask for.
 
     Raises:
-        InputError: If both are given, or the levels do not decrease.
+        InputError: If several are given, or one is out of range.
     """
+    if sum(option is not None for option in (sigmas, steps, phases)) > 1:
+        raise InputError("--sigmas, --phases and --heun exclude each other.")
+    if phases is None and eta != 1:
+        raise InputError("--eta belongs to --phases.")
     if steps is not None:
-        if sigmas is not None:
-            raise InputError("--sigmas and --heun exclude each other.")
         return HeunSampler(steps)
-    return MultistepSampler(tuple(sigmas or (80.0,)))
+    if phases is None:
+        return MultistepSampler(tuple(sigmas or (80.0,)))
+    if len(phases) > 1:
+        return PhasedSampler(tuple(phases), eta)
+    if phases[0] != int(phases[0]):
+        raise InputError(f"--phases {phases[0]:g} is no number of phases: give 1, 2, 3, ...")
+    return PhasedSampler(phase_edges(int(phases[0])), eta)
 
 
 def choose_labels(given: list[int] | None, classes: int, n: int) -> torch.Tensor | None:
@@ -129,47 +166,69 @@ def choose_device(name: str | None) -> torch.device:
         raise InputError(f"--device {name} cannot be used on this machine.") from error
 
 
+def guided(denoiser: Denoiser, options: argparse.Namespace) -> dict[str, GuidedDenoiser]:
+    """The model under every guidance scale, by the folder its images go to.
+
+    Raises:
+        InputError: If a scale is out of range or the guiding model is missing or unfit.
+    """
+    scales = options.guidance or [1.0]
+    if not options.guidance and (options.worse or options.worse_ema):
+        raise InputError("--worse and --worse_ema belong to --guidance.")
+    if len(set(scales)) < len(scales):
+        raise InputError(f"--guidance names a scale twice: {' '.join(f'{w:g}' for w in scales)}.")
+    worse = None
+    if options.worse or options.worse_ema:
+        worse = load_weights(options.worse or options.source, options.worse_ema).denoiser
+    return {
+        f"guidance{scale:g}" if len(scales) > 1 else "": GuidedDenoiser(denoiser, worse, scale)
+        for scale in scales
+    }
+
+
 def run(options: argparse.Namespace) -> None:
     """Check everything, then draw and write."""
     if options.n < 1 or options.batch < 1:
         raise InputError(f"--n and --batch must be 1 or more, got {options.n}, {options.batch}.")
     if options.seed < 0:
         raise InputError(f"--seed must be 0 or more, got {options.seed}.")
-    sampler = choose_sampler(options.sigmas, options.heun)
+    sampler = choose_sampler(options.sigmas, options.heun, options.phases, options.eta)
     device = choose_device(options.device)
     denoiser, info = load_weights(options.source, options.ema)
     labels = choose_labels(options.labels, denoiser.num_classes, options.n)
-    out = Path(options.out)
+    models = guided(denoiser, options)
     single = [f"{i:06d}.png" for i in range(options.n)]
     pictures = [] if options.grid or options.npz else single
     grid = ["grid.png"] if options.grid else []
     npz = ["samples.npz"] if options.npz else []
-    check_out(out, pictures + grid + npz)
+    for folder in models:
+        check_out(Path(options.out) / folder, pictures + grid + npz)
 
-    denoiser.to(device)
-    batches = draw_images(
-        denoiser,
-        sampler,
-        range(options.n),
-        labels,
-        seed=options.seed,
-        shape=image_shape(denoiser),
-        batch=options.batch,
-        device=device,
-    )
-    images = torch.cat([to_uint8(batch).cpu() for batch in batches])
-    for name, image in zip(pictures, images, strict=False):
-        save_png(out / name, image.permute(1, 2, 0).numpy())
-    if grid:
-        columns = len(options.labels or range(denoiser.num_classes)) or None
-        save_png(out / "grid.png", image_grid(images, columns=columns))
-    if npz:
-        save_npz(out / "samples.npz", images, labels)
-    written = [*grid, *npz] or [f"{len(pictures)} PNG files"]
-    print(
-        f"{options.n} images ({info['regime']}, {info['ema']}, {info['kimg']:g} kimg, "
-        f"{sampler.nfe} network calls each): {', '.join(written)} in {out}"
-    )
+    for folder, model in models.items():
+        out = Path(options.out) / folder
+        batches = draw_images(
+            model.to(device).eval(),
+            sampler,
+            range(options.n),
+            labels,
+            seed=options.seed,
+            shape=image_shape(model),
+            batch=options.batch,
+            device=device,
+        )
+        images = torch.cat([to_uint8(batch).cpu() for batch in batches])
+        for name, image in zip(pictures, images, strict=False):
+            save_png(out / name, image.permute(1, 2, 0).numpy())
+        if grid:
+            columns = len(options.labels or range(model.num_classes)) or None
+            save_png(out / "grid.png", image_grid(images, columns=columns))
+        if npz:
+            save_npz(out / "samples.npz", images, labels)
+        written = [*grid, *npz] or [f"{len(pictures)} PNG files"]
+        print(
+            f"{options.n} images ({info['regime']}, {info['ema']}, {info['kimg']:g} kimg, "
+            f"{sampler.nfe * model.calls} network calls each): {', '.join(written)} in {out}"
+        )
 
 
 if __name__ == "__main__":

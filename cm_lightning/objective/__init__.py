@@ -20,6 +20,7 @@ from cm_lightning.objective.discretization import (
 from cm_lightning.objective.distance import L1, L2, Distance, PseudoHuber, SquaredL2
 from cm_lightning.objective.lpips import LPIPS
 from cm_lightning.objective.objective import Draw, Objective, paired_forward, shared_dropout
+from cm_lightning.objective.phases import Phases, jump
 from cm_lightning.objective.posterior import (
     PosteriorMean,
     ReferenceMean,
@@ -57,6 +58,7 @@ __all__ = [
     "LogNormal",
     "MinibatchOT",
     "Objective",
+    "Phases",
     "PosteriorMean",
     "PseudoHuber",
     "ReferenceMean",
@@ -67,6 +69,7 @@ __all__ = [
     "TeacherMean",
     "Uniform",
     "Weighting",
+    "jump",
     "merge_sums",
     "paired_forward",
     "shared_dropout",

@@ -17,6 +17,7 @@ from torch import Tensor
 from cm_lightning.objective.coupling import Coupling, Denoise
 from cm_lightning.objective.discretization import Discretization
 from cm_lightning.objective.distance import Distance
+from cm_lightning.objective.phases import Phases, jump
 from cm_lightning.objective.solver import Solver
 from cm_lightning.objective.weighting import Weighting
 from cm_lightning.types import Batch, Denoiser, LossOutput, expand
@@ -89,13 +90,14 @@ def paired_forward(
     r: Tensor,
     labels: Tensor | None,
     dropout_seed: int,
+    end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Evaluate both ends of a pair under one dropout mask.
 
     .. math:: \bigl(f_\theta(x_t, t),\; \mathrm{sg}\, f_{\theta^-}(x_r, r)\bigr)
 
     Where r = 0 the target is ``x_r`` itself, since f(x, 0) = x; the network is never evaluated
-    there (its noise input ln 0 is not finite).
+    there (its noise input ln 0 is not finite). With phases f goes to ``end`` in the place of 0.
 
     Args:
         online: Network that receives the gradient.
@@ -106,18 +108,21 @@ def paired_forward(
         r: Smaller levels, ``(B,)``, zero allowed.
         labels: Class indices ``(B,)`` or ``None``.
         dropout_seed: Seed of both passes' dropout masks.
+        end: Level at which f is the identity, ``(B,)``, ``0 <= end <= r``; ``None`` for 0.
 
     Returns:
         ``(prediction, target)``, each ``(B, C, H, W)``.
     """
-    at_zero = r == 0
+    at_end = r == (0 if end is None else end)
     with torch.no_grad(), shared_dropout(dropout_seed, x_t.device):
-        safe_r = torch.where(at_zero, t, r).to(x_r.dtype)
-        goal = target(x_r, safe_r, labels)
-        goal = torch.where(expand(at_zero, goal).bool(), x_r, goal)
+        safe_r = torch.where(at_end, t, r)
+        goal = target(x_r, safe_r.to(x_r.dtype), labels)
+        if end is not None:
+            goal = jump(goal, x_r, safe_r, end)
+        goal = torch.where(expand(at_end, goal).bool(), x_r, goal)
     with shared_dropout(dropout_seed, x_t.device):
         prediction = online(x_t, t.to(x_t.dtype), labels)
-    return prediction, goal
+    return prediction if end is None else jump(prediction, x_t, t, end), goal
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,7 @@ class Objective:
         solver: Step from t to r, with its estimate of the posterior mean.
         distance: Distance of the two ends.
         weighting: Weight w(t, r).
+        phases: Segments of the noise axis with ends of their own, ``None`` for one that ends at 0.
     """
 
     discretization: Discretization
@@ -144,6 +150,7 @@ class Objective:
     solver: Solver
     distance: Distance
     weighting: Weighting
+    phases: Phases | None = None
 
     def spanning(self, total_kimg: float) -> Objective:
         """The same objective, its schedules stretched over ``total_kimg`` thousand images."""
@@ -221,11 +228,18 @@ class Objective:
         x0, z, generated = self.coupling(batch, z, u, t, r, nimg, denoise)
         notes: dict[str, Tensor] = {}
         batch = batch._replace(x0=x0, generated=generated, notes=notes)
+        end = None
+        if self.phases is not None:
+            end = self.phases.end(t)
+            r = torch.maximum(r, end)
         x_t = x0 + expand(t, x0) * z
         x_r = self.solver(x_t, t, r, batch)
         prediction, goal = paired_forward(
-            online, target, x_t, t, x_r, r, batch.labels, dropout_seed
+            online, target, x_t, t, x_r, r, batch.labels, dropout_seed, end
         )
+        if self.phases is not None and self.phases.normalize:
+            scale = expand(1 / (1 - self.phases.end(t) / t), x0)
+            prediction, goal = prediction * scale, goal * scale
         distance = self.distance(prediction, goal)
         weight = self.weighting(t, r, online.sigma_data)
         return LossOutput(distance * weight.to(distance.dtype), distance.detach(), t, r, notes)

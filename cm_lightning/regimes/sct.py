@@ -19,6 +19,7 @@ from cm_lightning.objective import (
     Independent,
     InverseStep,
     Objective,
+    Phases,
     PseudoHuber,
     ReferenceMean,
     Weighting,
@@ -64,6 +65,7 @@ class SCT(ConsistencyModule):
         solver: ``"euler"``, or ``"heun"`` for a second posterior mean at r.
         distance: Distance of the two ends.
         weighting: CIFAR-10: InverseStep; ImageNet-64: COut.
+        phases: Segments of the noise axis for deterministic multistep sampling, ``None`` for one.
         seed: Seed of noise levels, noise, dropout and random references.
         init: Weights to start from, as published those of a diffusion model.
 
@@ -85,6 +87,7 @@ class SCT(ConsistencyModule):
         solver: Literal["euler", "heun"] = "euler",
         distance: Distance = PseudoHuber(),
         weighting: Weighting = InverseStep(),
+        phases: Phases | None = None,
         seed: int = 0,
         init: Pretrained | None = None,
     ) -> None:
@@ -92,7 +95,7 @@ class SCT(ConsistencyModule):
         self.references = references
         self.posterior = posterior
         step = Heun(posterior) if solver == "heun" else Euler(posterior)
-        self.assemble(Objective(discretization, coupling, step, distance, weighting))
+        self.assemble(Objective(discretization, coupling, step, distance, weighting, phases))
 
     def setup(self, stage: str) -> None:
         """Ask the data for references, besides the checks of every regime."""

@@ -1,20 +1,24 @@
 """Samplers: plain functions of a denoiser and noise, without Lightning."""
 
-from cm_lightning.sampling.consistency import check_sigmas, image_noise, multistep
+from cm_lightning.sampling.consistency import check_sigmas, image_noise, multistep, phased
+from cm_lightning.sampling.guidance import GuidedDenoiser
 from cm_lightning.sampling.numbered import draw_images, draw_labels, evaluating
 from cm_lightning.sampling.ode import heun
 from cm_lightning.sampling.samplers import (
     DEFAULT_SAMPLERS,
     HeunSampler,
     MultistepSampler,
+    PhasedSampler,
     Sampler,
     check_samplers,
 )
 
 __all__ = [
     "DEFAULT_SAMPLERS",
+    "GuidedDenoiser",
     "HeunSampler",
     "MultistepSampler",
+    "PhasedSampler",
     "Sampler",
     "check_samplers",
     "check_sigmas",
@@ -24,4 +28,5 @@ __all__ = [
     "heun",
     "image_noise",
     "multistep",
+    "phased",
 ]

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cm_lightning.sigmas import check_edges
 from cm_lightning.types import Denoiser, InputError
 
-__all__ = ["check_sigmas", "image_noise", "multistep"]
+__all__ = ["check_eta", "check_sigmas", "image_noise", "multistep", "phased"]
 
 
 def check_sigmas(sigmas: Sequence[float]) -> None:
@@ -91,4 +92,56 @@ def multistep(
         x = x + sigma * z.double()
         level = torch.full((len(z),), sigma, device=z.device, dtype=z.dtype)
         x = denoiser(x.to(z.dtype), level, labels).double()
+    return x.to(noise.dtype)
+
+
+def check_eta(eta: float) -> None:
+    """Check the strength of edge skipping.
+
+    Raises:
+        InputError: If it is outside (0, 1].
+    """
+    if not 0 < eta <= 1:
+        raise InputError(f"eta must lie in (0, 1], got {eta:g}.")
+
+
+@torch.no_grad()
+def phased(
+    denoiser: Denoiser,
+    noise: Tensor,
+    edges: Sequence[float],
+    labels: Tensor | None = None,
+    eta: float = 1.0,
+) -> Tensor:
+    r"""Deterministic sampling of a model trained in phases (SCT, arXiv:2410.18958).
+
+    .. math:: x \leftarrow D(x, t) + \tfrac{s}{t}\,\bigl(x - D(x, t)\bigr), \qquad t \leftarrow s,
+              \qquad s = \eta\, e_m, \quad m = M - 1, \dots, 1, \quad \text{at last } s = 0
+
+    from :math:`x = e_M z`. No noise is added. With :math:`\eta < 1` the model is never asked on an
+    edge, where the function it has learned jumps ("edge skipping"; the paper's formula is not
+    recoverable, this is ours). With one phase it is one-step sampling.
+
+    Args:
+        denoiser: The consistency model; it is called in its current mode (use ``eval()``).
+        noise: Unit noise ``(B, C, H, W)``.
+        edges: Increasing levels from 0 to the first level, M + 1 of them; M network calls.
+        labels: Class indices ``(B,)`` or ``None``.
+        eta: :math:`\eta` in (0, 1].
+
+    Returns:
+        Images ``(B, C, H, W)`` in the dtype of the noise.
+
+    Raises:
+        InputError: If the edges do not start at 0 and increase, or eta is outside (0, 1].
+    """
+    check_edges(edges)
+    check_eta(eta)
+    sigma = float(edges[-1])
+    x = sigma * noise.double()
+    for edge in reversed(edges[:-1]):
+        end = eta * float(edge)
+        level = torch.full((len(noise),), sigma, device=noise.device, dtype=noise.dtype)
+        clean: Tensor = denoiser(x.to(noise.dtype), level, labels).double()
+        x, sigma = clean + end / sigma * (x - clean), end
     return x.to(noise.dtype)

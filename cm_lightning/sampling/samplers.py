@@ -8,12 +8,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cm_lightning.sampling.consistency import check_sigmas, multistep
+from cm_lightning.sampling.consistency import check_eta, check_sigmas, multistep, phased
 from cm_lightning.sampling.ode import heun
-from cm_lightning.sigmas import karras_sigmas
+from cm_lightning.sigmas import check_edges, karras_sigmas
 from cm_lightning.types import Denoiser, InputError
 
-__all__ = ["DEFAULT_SAMPLERS", "HeunSampler", "MultistepSampler", "Sampler", "check_samplers"]
+__all__ = [
+    "DEFAULT_SAMPLERS",
+    "HeunSampler",
+    "MultistepSampler",
+    "PhasedSampler",
+    "Sampler",
+    "check_samplers",
+]
 
 
 class Sampler(ABC):
@@ -105,6 +112,45 @@ class HeunSampler(Sampler):
         """Draw images."""
         sigmas = karras_sigmas(self.steps, self.sigma_min, self.sigma_max)
         return heun(denoiser, noise[0], sigmas, labels)
+
+
+@dataclass(frozen=True)
+class PhasedSampler(Sampler):
+    """Deterministic sampling phase by phase, see :func:`~cm_lightning.sampling.phased`.
+
+    Args:
+        edges: The edges the model was trained with, from 0 upwards.
+        eta: Edge skipping in (0, 1]; 1 for none.
+
+    Raises:
+        InputError: If the edges do not start at 0 and increase, or eta is outside (0, 1].
+    """
+
+    edges: Sequence[float]
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_edges(self.edges)
+        check_eta(self.eta)
+
+    @property
+    def nfe(self) -> int:
+        """One per phase."""
+        return len(self.edges) - 1
+
+    @property
+    def noises(self) -> int:
+        """Only the initial noise."""
+        return 1
+
+    @property
+    def name(self) -> str:
+        """Such as ``phased_nfe4`` or ``phased_nfe4_eta0.8``."""
+        return f"phased_nfe{self.nfe}" + ("" if self.eta == 1 else f"_eta{self.eta:g}")
+
+    def __call__(self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """Draw images."""
+        return phased(denoiser, noise[0], self.edges, labels, self.eta)
 
 
 DEFAULT_SAMPLERS: tuple[Sampler, ...] = (

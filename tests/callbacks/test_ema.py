@@ -111,3 +111,27 @@ def test_a_profile_missing_in_the_checkpoint_is_named():
     ema = EMACallback((PowerEMA(0.1),))
     with pytest.raises(InputError, match=r"ema_std0\.100"):
         ema.load_state_dict({"averages": {"ema_0.9": {}}})
+
+
+def test_snapshots_are_kept_at_their_share_of_the_run():
+    watch, ema = Watch(), EMACallback((ConstantEMA(0.0),), snapshots=(0.4, 0.5))
+    module = train(ema, watch)
+    for share, step in ((0.4, 2), (0.5, 3)):  # the first step that reaches 64 and 80 images
+        for value, weight in zip(
+            ema.averages[f"ema_0@{share}"].values(), watch.weights[step - 1], strict=True
+        ):
+            assert torch.equal(value, weight)
+    assert ema.names == ["ema_0"]
+    with ema.lend(module.denoiser, "ema_0@0.4"):
+        first = next(module.denoiser.parameters()).detach().clone()
+    assert torch.equal(first, watch.weights[1][0])
+    again = EMACallback((ConstantEMA(0.0),), snapshots=(0.4, 0.5))
+    again.load_state_dict(ema.state_dict())
+    again.on_start(None, module)
+    assert again.averages.keys() == ema.averages.keys()
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1])
+def test_bad_snapshots_are_named(share):
+    with pytest.raises(InputError, match="snapshots"):
+        EMACallback(snapshots=(share,))

@@ -77,7 +77,73 @@ def test_a_run_its_checkpoint_and_its_weights_agree(program, fit, tmp_path):
         assert torch.equal(checkpoint["state_dict"][f"denoiser.{name}"], value)
 
 
+@pytest.fixture(scope="module")
+def snapshots(tmp_path_factory):
+    """A run that keeps its averages at half time, with a label-free case."""
+    from cm_lightning.cli import fit as program
+    from tests.cli.conftest import DIGITS, TINY
+
+    run = tmp_path_factory.mktemp("runs") / "run"
+    words = ["--config", DIGITS, "--config", TINY, "--run_dir", str(run), "--fid.n", "66"]
+    words += ["--model.denoiser.backbone.label_dropout", "0.1", "--ema.snapshots", "[0.5]"]
+    program.main(words)
+    return run
+
+
+def test_guidance_by_a_snapshot_another_run_and_missing_labels(program, snapshots, tmp_path):
+    assert (snapshots / "weights" / "ema_0.9@0.5" / "model.safetensors").is_file()
+    images = {}
+    for name, words in {
+        "plain": [],
+        "one": ["--guidance", 1, "--worse_ema", "ema_0.9@0.5"],
+        "snapshot": ["--guidance", 2, "--worse_ema", "ema_0.9@0.5"],
+        "folder": ["--guidance", 2, "--worse", snapshots / "weights" / "ema_0.9@0.5"],
+        "free": ["--guidance", 2],
+    }.items():
+        out = tmp_path / name
+        done = program("cm-sample", snapshots, "--n", 5, "--npz", "--out", out, *words)
+        assert done.code == 0, done.err
+        calls = 1 if name in ("plain", "one") else 2
+        assert f"{calls} network calls each" in done.out
+        images[name] = np.load(out / "samples.npz")["arr_0"]
+    assert np.array_equal(images["plain"], images["one"])
+    assert np.array_equal(images["snapshot"], images["folder"])
+    assert not np.array_equal(images["plain"], images["snapshot"])
+    assert not np.array_equal(images["free"], images["snapshot"])
+    sweep = ["--guidance", 1, 2, "--worse_ema", "ema_0.9@0.5", "--out", tmp_path / "sweep"]
+    assert program("cm-sample", snapshots, "--n", 5, "--npz", *sweep).code == 0
+    for scale, name in ((1, "plain"), (2, "snapshot")):
+        swept = np.load(tmp_path / "sweep" / f"guidance{scale}" / "samples.npz")["arr_0"]
+        assert np.array_equal(swept, images[name])
+
+
+def test_phases_and_edge_skipping(program, snapshots, tmp_path):
+    images = {}
+    for name, words in {
+        "one": ["--phases", 1],
+        "step": ["--sigmas", 80],
+        "four": ["--phases", 4],
+        "skip": ["--phases", 4, "--eta", 0.8],
+        "edges": ["--phases", 0, 2.5, 80],
+    }.items():
+        out = tmp_path / name
+        done = program("cm-sample", snapshots, "--n", 5, "--npz", "--out", out, *words)
+        assert done.code == 0, done.err
+        images[name] = np.load(out / "samples.npz")["arr_0"]
+    assert np.array_equal(images["one"], images["step"])
+    assert len({image.tobytes() for image in images.values()}) == 4
+
+
 MISTAKES = {
+    "eta": ({}, ["--phases", "4", "--eta", "1.5"], "eta must lie in (0, 1], got 1.5"),
+    "eta alone": ({}, ["--eta", "0.5"], "--eta belongs to --phases"),
+    "edges": ({}, ["--phases", "0", "3", "2"], "edges must increase"),
+    "half a phase": ({}, ["--phases", "1.5"], "no number of phases"),
+    "snapshot": ({}, ["--guidance", "2", "--worse_ema", "ema_0.9@0.3"], "ema_0.9@0.3"),
+    "guidance": ({}, ["--guidance", "2"], "label_dropout"),
+    "negative guidance": ({}, ["--guidance=-1", "--worse_ema", "live"], "0 or more"),
+    "twice": ({}, ["--guidance", "2", "2", "--worse_ema", "live"], "twice"),
+    "guide alone": ({}, ["--worse_ema", "live"], "belong to --guidance"),
     "nothing there": ({"source": "nowhere"}, [], "no run directory, checkpoint or weights"),
     "negative": ({}, ["--sigmas", "-1"], "positive and finite, got -1"),
     "rising": ({}, ["--sigmas", "0.8", "80"], "decrease"),

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from cm_lightning.data import Digits, ImageDataModule, Order, Source, StepSampler
+from cm_lightning.data import (
+    Digits,
+    ImageDataModule,
+    Order,
+    ReferenceSet,
+    Source,
+    StepSampler,
+)
 from cm_lightning.types import InputError
 
 
@@ -101,7 +108,9 @@ def test_batches_under_a_trainer():
     data = ImageDataModule(Digits(), global_batch=64, flip=True)
     batches = feed(data)
     assert len(batches) == 3
-    x0, labels, index = batches[1]
+    x0, labels, place, references, *_ = batches[1]
+    assert references is None
+    index = place % len(data.store)
     assert x0.shape == (64, 1, 8, 8)
     assert x0.dtype is torch.float32
     assert float(x0.min()) >= -1
@@ -112,6 +121,7 @@ def test_batches_under_a_trainer():
     flips = Order(1797, 0)(np.arange(64, 128)).flip
     assert torch.equal(x0[torch.from_numpy(flips)], plain[torch.from_numpy(flips)].flip(-1))
     assert torch.equal(x0[torch.from_numpy(~flips)], plain[torch.from_numpy(~flips)])
+    assert torch.equal(place >= len(data.store), torch.from_numpy(flips))
 
 
 @pytest.mark.parametrize("changes", [{"num_workers": 2}, {"resident": True}])
@@ -119,7 +129,28 @@ def test_workers_and_residence_change_nothing(changes):
     plain = feed(ImageDataModule(Digits(), global_batch=32, flip=True))
     other = feed(ImageDataModule(Digits(), global_batch=32, flip=True, **changes))
     for a, b in zip(plain, other, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+
+
+def test_references_travel_with_the_batch():
+    data = ImageDataModule(Digits(), global_batch=32, flip=True)
+    original = data.setup
+
+    def setup(stage=None):
+        original(stage)
+        data.use_references(ReferenceSet(n=9), skip=True)
+
+    data.setup = setup
+    for batch in feed(data):
+        labels = batch.references.labels
+        assert set(labels.tolist()) == set(batch.labels.tolist())
+        assert len(labels) == 8 * len(set(labels.tolist()))
+        x = data.store.images[batch.references.index.numpy() % len(data.store)]
+        mirrored = (batch.references.index >= len(data.store)).numpy()
+        x = np.where(mirrored[:, None, None, None], x[..., ::-1], x)
+        assert np.array_equal(batch.references.images.numpy(), x)
+        assert batch.references.nearest.shape == (32,)
+        assert float(batch.references.nearest.min()) > 0.1
 
 
 def test_the_loader_starts_where_the_module_stands():
