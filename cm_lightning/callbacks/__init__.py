@@ -9,6 +9,7 @@ from cm_lightning.callbacks.run_record import RunRecordCallback
 from cm_lightning.callbacks.samples import SamplesCallback
 from cm_lightning.callbacks.step import StepCallback
 from cm_lightning.callbacks.target_network import TargetNetworkCallback
+from cm_lightning.callbacks.weight_normalization import WeightNormalizationCallback
 
 __all__ = [
     "CheckpointCallback",
@@ -20,6 +21,7 @@ __all__ = [
     "SamplesCallback",
     "StepCallback",
     "TargetNetworkCallback",
+    "WeightNormalizationCallback",
     "find_ema",
     "newest_checkpoint",
 ]

@@ -39,8 +39,8 @@ class Precond(Denoiser):
     .. math:: D(x, \sigma) = c_\text{skip} x + c_\text{out} F(c_\text{in} x, c_\text{noise})
 
     Coefficients are computed in fp32 (float64 for float64 images) whatever the precision inside F,
-    which is that of its parameters. The backbone is stored as ``model``, the name in public
-    checkpoints.
+    which is that of its parameters. The backbone is stored under the name it has in public
+    checkpoints, ``stored_as``.
 
     Args:
         backbone: Raw network F(x, c_noise, class labels).
@@ -52,6 +52,8 @@ class Precond(Denoiser):
         InputError: If an argument is outside its range.
     """
 
+    stored_as = "model"
+
     def __init__(
         self, backbone: nn.Module, sigma_data: float = 0.5, noise_scale: float = 1.0
     ) -> None:
@@ -61,7 +63,7 @@ class Precond(Denoiser):
             raise InputError(f"{name}: sigma_data must be positive, got {sigma_data}.")
         if not noise_scale > 0:
             raise InputError(f"{name}: noise_scale must be positive, got {noise_scale}.")
-        self.model = backbone
+        self.add_module(self.stored_as, backbone)
         self.sigma_data = sigma_data
         self.noise_scale = noise_scale
 
@@ -72,18 +74,19 @@ class Precond(Denoiser):
     @property
     def backbone(self) -> nn.Module:
         """The raw network F."""
-        return self.model
+        backbone: nn.Module = getattr(self, self.stored_as)
+        return backbone
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
         """Shape ``(C, H, W)`` the backbone was built for."""
-        size = getattr(self.model, "img_resolution", None)
-        return None if size is None else (int(self.model.in_channels), int(size), int(size))  # type: ignore[arg-type]
+        size = getattr(self.backbone, "img_resolution", None)
+        return None if size is None else (int(self.backbone.in_channels), int(size), int(size))  # type: ignore[arg-type]
 
     @property
     def num_classes(self) -> int:
         """Classes of the backbone, 0 if unconditional."""
-        return int(getattr(self.model, "label_dim", 0))
+        return int(getattr(self.backbone, "label_dim", 0))
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """Denoise.
@@ -109,9 +112,9 @@ class Precond(Denoiser):
         if labels is not None:
             rows = functional.one_hot(labels.clamp_min(0), classes).to(dtype)
             rows = rows * (labels >= 0)[:, None]
-        inside = next(self.model.parameters(), x).dtype
+        inside = next(self.backbone.parameters(), x).dtype
         noise = c_noise if self.noise_scale == 1 else c_noise * self.noise_scale
-        raw: Tensor = self.model((expand(c_in, x) * x).to(inside), noise, rows)
+        raw: Tensor = self.backbone((expand(c_in, x) * x).to(inside), noise, rows)
         return expand(c_skip, x) * x + expand(c_out, x) * raw.to(dtype)
 
 

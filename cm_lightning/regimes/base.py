@@ -12,9 +12,10 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch.optim import Optimizer
 
-from cm_lightning.callbacks import TargetNetworkCallback
+from cm_lightning.callbacks import TargetNetworkCallback, WeightNormalizationCallback
 from cm_lightning.ema import EMAProfile
 from cm_lightning.files import hash_tensors
+from cm_lightning.networks import preserves_magnitude
 from cm_lightning.objective import Draw, GeneratorCoupling, Grid, Objective
 from cm_lightning.optim import GradientGuard, GradientStats, LearningRate
 from cm_lightning.types import Batch, Denoiser, InputError, LossOutput
@@ -150,8 +151,13 @@ class ConsistencyModule(L.LightningModule):
         return getattr(self, role) if role in self.averages else self.denoiser
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """The callback without which averaged networks would never move."""
-        return [TargetNetworkCallback()] if self.averages else []
+        """Callbacks that this module cannot be trained without."""
+        needed: list[L.Callback] = []
+        if self.averages:
+            needed.append(TargetNetworkCallback())
+        if preserves_magnitude(self.denoiser):
+            needed.append(WeightNormalizationCallback())
+        return needed
 
     def on_fit_start(self) -> None:
         """Take borrowed networks along to the device."""

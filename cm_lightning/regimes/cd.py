@@ -135,7 +135,7 @@ def load_teacher(
     if guidance < 0:
         raise InputError(f"model.guidance must be 0 or more (1 for none), got {guidance}.")
     if guidance != 1:
-        backbone = getattr(network, "model", None)
+        backbone = getattr(network, "backbone", None)
         if not network.num_classes:
             raise InputError(
                 f"model.guidance is {guidance}, but the teacher {path} is unconditional: guidance "

@@ -28,6 +28,12 @@ class Diffusion(ConsistencyModule):
     summed over the image and averaged over the batch, as in the official code (arXiv:2206.00364,
     Eq. 8). It starts near 1 per number of the image when the network's output starts at zero.
 
+    If the denoiser learns a log-variance u (an :class:`~cm_lightning.networks.EDM2Precond` with
+    ``learn_variance``) the loss is EDM2's, :math:`\lambda(t) e^{-u(t)} \lVert D - x_0 \rVert^2 +
+    D\, u(t)` with D values per image (arXiv:2312.02696); recipe of EDM2-S on ImageNet-64: noise
+    (-0.8, 1.6), Adam 1e-2 with betas (0.9, 0.99), ramp 10,000 and decay 71,680 kimg, infinities in
+    gradients to 0, PowerEMA 0.05 and 0.10.
+
     Args:
         denoiser: :math:`D_\theta(x, \sigma)` with EDM preconditioning.
         total_kimg: Length of the run in thousands of images. CIFAR-10: 200,000.
@@ -68,4 +74,8 @@ class Diffusion(ConsistencyModule):
             prediction = self.denoiser(x_t, t.to(x0.dtype), batch.labels)
         distance = self.distance(prediction, x0)
         weight = self.weighting(t, r, self.denoiser.sigma_data).to(distance.dtype)
-        return LossOutput(distance * weight, distance.detach(), t, r)
+        loss = distance * weight
+        if getattr(self.denoiser, "learn_variance", False):
+            u = self.denoiser.log_variance(t.to(x0.dtype))  # type: ignore[operator]
+            loss = loss * (-u).exp() + x0[0].numel() * u
+        return LossOutput(loss, distance.detach(), t, r)

@@ -37,7 +37,7 @@ class GuidedDenoiser(Denoiser):
         if not scale >= 0:
             raise InputError(f"The guidance scale must be 0 or more (1 for none), got {scale:g}.")
         if worse is None and scale != 1:
-            backbone = getattr(denoiser, "model", None)
+            backbone = getattr(denoiser, "backbone", None)
             if not denoiser.num_classes or not getattr(backbone, "label_dropout", 0):
                 raise InputError(
                     "Classifier-free guidance needs a model trained with and without labels "

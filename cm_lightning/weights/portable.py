@@ -82,9 +82,11 @@ def start_from(denoiser: Denoiser, weights: Denoiser, where: str) -> None:
                 f"The weights of {where} cannot start this network: they are for {what} of "
                 f"{theirs}, model.denoiser has {ours}."
             )
-    own, loaded = denoiser.state_dict(), weights.state_dict()
-    check_weights(own, loaded, where)
-    denoiser.load_state_dict(loaded)
+    target, source = denoiser, weights
+    if type(denoiser) is not type(weights) and hasattr(denoiser, "backbone"):
+        target, source = denoiser.backbone, getattr(weights, "backbone", weights)  # type: ignore[assignment]
+    check_weights(target.state_dict(), source.state_dict(), where)
+    target.load_state_dict(source.state_dict())
 
 
 def build_denoiser(config: Mapping[str, Any], where: str) -> Denoiser:

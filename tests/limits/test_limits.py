@@ -21,8 +21,8 @@ from cm_lightning.objective import (
     InverseStep,
     KarrasGrid,
     Objective,
-    PosteriorMean,
     PseudoHuber,
+    ReferenceMean,
     SampleMean,
     SquaredL2,
     TeacherMean,
@@ -30,7 +30,7 @@ from cm_lightning.objective import (
     shared_dropout,
 )
 from cm_lightning.regimes import CT, ECT, GC, ICT
-from cm_lightning.types import Batch
+from cm_lightning.types import Batch, References
 from tests.toys import FunctionDenoiser, TinyDenoiser
 
 CPU = torch.device("cpu")
@@ -170,21 +170,8 @@ def test_ect_and_ict_with_the_same_leaves_are_one(denoiser):
 # --- CD ---
 
 
-class AllReferences(PosteriorMean):
-    """E[x0 | x_t] over a finite set by the score identity, written out in float64."""
-
-    def __init__(self, points: torch.Tensor) -> None:
-        self.points = points
-
-    def __call__(self, x_t, t, batch):
-        flat, points = x_t.double().flatten(1), self.points.double().flatten(1)
-        distance = torch.cdist(flat, points).square()
-        weights = (-distance / (2 * t.double()[:, None] ** 2)).softmax(1)
-        return (weights @ points).reshape(x_t.shape).to(x_t.dtype)
-
-
 def test_cd_with_the_exact_teacher_uses_all_references(denoiser):
-    """The exact denoiser of a finite set is the score identity over the whole set."""
+    """CD with Euler steps and the exact denoiser of a finite set is SCT with the whole set."""
     data = batch(64)
     points = data.x0.flatten(1).double()
 
@@ -195,11 +182,12 @@ def test_cd_with_the_exact_teacher_uses_all_references(denoiser):
         return (weights @ points).reshape(x.shape).to(x.dtype)
 
     teacher = TeacherMean(FunctionDenoiser(exact))
+    data = data._replace(references=References(data.x0, None, data.index))
     values = [
         Objective(KarrasGrid(18), Independent(), solver, SquaredL2(), Uniform())(
             denoiser, denoiser, data, draw(64)
         ).loss
-        for solver in (Euler(teacher), Euler(AllReferences(data.x0)))
+        for solver in (Euler(teacher), Euler(ReferenceMean()))
     ]
     torch.testing.assert_close(*values, rtol=1e-4, atol=1e-6)
     one = Objective(KarrasGrid(18), Independent(), Euler(SampleMean()), SquaredL2(), Uniform())

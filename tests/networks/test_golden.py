@@ -9,12 +9,23 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cm_lightning.networks import ADMUNet, EDMPrecond, SongUNet, edm_coefficients
+from cm_lightning.networks import (
+    ADMUNet,
+    EDM2Precond,
+    EDM2UNet,
+    EDMPrecond,
+    SongUNet,
+    edm_coefficients,
+)
 from cm_lightning.types import expand
 from tests.conftest import GOLDEN
 
 FILES = sorted([*GOLDEN.glob("edm_*.npz"), *GOLDEN.glob("edm2*.npz")])
-BACKBONES = {"EDMPrecond:SongUNet": SongUNet, "EDMPrecond:DhariwalUNet": ADMUNet}
+BACKBONES = {
+    "EDMPrecond:SongUNet": (EDMPrecond, SongUNet),
+    "EDMPrecond:DhariwalUNet": (EDMPrecond, ADMUNet),
+    "EDM2Precond": (EDM2Precond, EDM2UNet),
+}
 
 
 def build(constructor: dict) -> EDMPrecond:
@@ -22,7 +33,8 @@ def build(constructor: dict) -> EDMPrecond:
     network = arguments.pop("network")
     assert network in BACKBONES, f"no class for the golden network {network}: add it to BACKBONES"
     channels = arguments.pop("img_channels")
-    return EDMPrecond(BACKBONES[network](in_channels=channels, out_channels=channels, **arguments))
+    precond, backbone = BACKBONES[network]
+    return precond(backbone(in_channels=channels, out_channels=channels, **arguments))
 
 
 def test_golden_files_were_found():
@@ -48,7 +60,12 @@ def test_output_is_official(path, attention):
     c_skip, c_out, c_in, c_noise = edm_coefficients(sigma, denoiser.sigma_data)
     with torch.no_grad():
         raw = denoiser.backbone(expand(c_in, x) * x, c_noise, *extra.values())
-    torch.testing.assert_close(raw, torch.from_numpy(golden["raw"]), rtol=1e-5, atol=1e-5)
+    if "raw" in golden.files:
+        torch.testing.assert_close(raw, torch.from_numpy(golden["raw"]), rtol=1e-5, atol=1e-5)
+    if "logvar" in golden.files:
+        logvar = torch.from_numpy(golden["logvar"]).flatten()
+        with torch.no_grad():
+            torch.testing.assert_close(denoiser.log_variance(sigma), logvar, rtol=1e-5, atol=1e-5)
     denoised = expand(c_skip, x) * x + expand(c_out, x) * raw
     expected = torch.from_numpy(golden["denoised"])
     torch.testing.assert_close(denoised, expected, rtol=1e-5, atol=1e-5)

@@ -44,6 +44,10 @@ def fill(denoiser: EDMPrecond) -> int:
         u = (2 * (phase - phase.floor()) - 1).reshape(value.shape)
         if name.endswith("freqs"):
             u = 2 * u
+        elif name.endswith("phases"):
+            u = math.pi * u
+        elif value.ndim == 0:
+            u = torch.full_like(u, 0.5)
         elif value.ndim == 1:
             u = 1 + 0.1 * u if name.endswith("weight") else 0.1 * u
         else:
