@@ -73,7 +73,8 @@ def test_commands_in_order(place, monkeypatch):
         program, *words = shlex.split(line)
         if program == "cm-fit":
             run(program, shrink(words, place), monkeypatch)
-        elif program == "cm-sample":
+        elif program == "cm-sample":  # the shrunk runs have another profile
+            words = [word.replace("ema_0.993", "ema_0.9") for word in words]
             run(program, words, monkeypatch)
         else:
             assert program in ("make", "cd", "git", "pip")
