@@ -224,9 +224,10 @@ def run(options: argparse.Namespace) -> None:
             save_png(out / "grid.png", image_grid(images, columns=columns))
         if npz:
             save_npz(out / "samples.npz", images, labels)
+        age = "" if info["kimg"] is None else f"{info['kimg']:g} kimg, "
         written = [*grid, *npz] or [f"{len(pictures)} PNG files"]
         print(
-            f"{options.n} images ({info['regime']}, {info['ema']}, {info['kimg']:g} kimg, "
+            f"{options.n} images ({info['regime']}, {info['ema']}, {age}"
             f"{sampler.nfe * model.calls} network calls each): {', '.join(written)} in {out}"
         )
 

@@ -1,5 +1,6 @@
 """Reading and writing weights, safely."""
 
+from cm_lightning.weights.edm_pickle import LICENCE, EDMNetwork, read_edm_pickle
 from cm_lightning.weights.portable import (
     Loaded,
     Pretrained,
@@ -13,6 +14,8 @@ from cm_lightning.weights.portable import (
 )
 
 __all__ = [
+    "LICENCE",
+    "EDMNetwork",
     "Loaded",
     "Pretrained",
     "build_denoiser",
@@ -20,6 +23,7 @@ __all__ = [
     "from_pretrained",
     "load_weights",
     "read_checkpoint",
+    "read_edm_pickle",
     "save_weights",
     "start_from",
 ]

@@ -24,9 +24,10 @@ def program(monkeypatch, capsys):
     """``program("cm-fit", "--config", ...)`` runs as from a shell; returns code, stdout, stderr."""
 
     def run(name: str, *arguments: object) -> Done:
-        from cm_lightning.cli import fit, sample
+        from cm_lightning.cli import fit, sample, weights
 
-        main = {"cm-fit": fit.main, "cm-sample": sample.main}[name]
+        programs = {"cm-fit": fit, "cm-sample": sample, "cm-weights": weights}
+        main = programs[name].main
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         capsys.readouterr()
         code = 0

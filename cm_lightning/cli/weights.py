@@ -1,0 +1,127 @@
+"""``cm-weights``: look into weight files and bring public ones in, safely."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cm_lightning.cli.errors import fail, readable_errors
+from cm_lightning.types import Denoiser, InputError
+from cm_lightning.weights import (
+    LICENCE,
+    build_denoiser,
+    check_weights,
+    load_weights,
+    read_edm_pickle,
+    save_weights,
+)
+
+__all__ = ["main"]
+
+COMMAND = "cm-weights"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        fail(COMMAND, message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = _Parser(prog=COMMAND, allow_abbrev=False, description=__doc__)
+    actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
+    inspect = actions.add_parser("inspect", help="say what a file or folder holds")
+    inspect.add_argument("source", help="EDM, EDM2 or ECT .pkl, weights folder, run, .ckpt")
+    bring = actions.add_parser("import", help="turn an EDM, EDM2 or ECT .pkl into safe weights")
+    bring.add_argument("source", help="the .pkl file; nothing in it is executed")
+    bring.add_argument("--out", required=True, help="folder to make; must not exist")
+    bring.add_argument(
+        "--regime",
+        default="Diffusion",
+        help="what trained the weights: Diffusion (EDM, EDM2), ECT, ... [Diffusion]",
+    )
+    return parser
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``cm-weights``."""
+    options = build_parser().parse_args(args)
+    with readable_errors(COMMAND):
+        {"inspect": inspect, "import": bring}[options.action](options)
+
+
+def read_pickle(path: Path) -> tuple[Denoiser, dict[str, Any], str]:
+    """The network of a pickle with its weights, its description and the class in the file.
+
+    Raises:
+        InputError: If names or shapes of its tensors are not those of the class here.
+    """
+    found = read_edm_pickle(path)
+    denoiser = build_denoiser(found.denoiser, str(path))
+    check_weights(denoiser.state_dict(), found.weights, str(path))
+    denoiser.load_state_dict(found.weights)
+    return denoiser, found.denoiser, found.class_name
+
+
+def summary(denoiser: Denoiser) -> str:
+    """Network, size, images and classes, a line each."""
+    backbone = getattr(denoiser, "backbone", denoiser)
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    return "\n".join(
+        [
+            f"  network     {type(denoiser).__name__}({type(backbone).__name__})",
+            f"  parameters  {parameters:,} in {len(denoiser.state_dict())} tensors with buffers",
+            f"  images      {denoiser.image_shape} (channels, height, width)",
+            f"  classes     {denoiser.num_classes or 'none'}",
+            f"  sigma_data  {denoiser.sigma_data:g}",
+        ]
+    )
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Say what a file or folder holds."""
+    path = Path(options.source)
+    if path.suffix == ".pkl":
+        denoiser, description, name = read_pickle(path)
+        arguments = description["init_args"]["backbone"]["init_args"]
+        print(f"{path}: pickle of a {name}; nothing in it was executed")
+        print(summary(denoiser))
+        print("  arguments   " + ", ".join(f"{key} {value}" for key, value in arguments.items()))
+        print(f"  licence     {LICENCE}")
+        return
+    denoiser, info = load_weights(path)
+    print(f"{path}: {info.get('regime')}, EMA profile {info.get('ema')}")
+    print(summary(denoiser))
+    for key in ("kimg", "data_fingerprint", "source", "licence"):
+        if info.get(key) is not None:
+            print(f"  {key.replace('_', ' '):<11} {info[key]}")
+
+
+def bring(options: argparse.Namespace) -> None:
+    """Write ``model.safetensors`` and ``config.json`` of a pickle."""
+    path, out = Path(options.source), Path(options.out)
+    if out.exists():
+        raise InputError(f"--out {out} exists already: choose another folder.")
+    denoiser, description, _ = read_pickle(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    info = {
+        "regime": options.regime,
+        "ema": "imported",
+        "kimg": None,
+        "data_fingerprint": None,
+        "source": path.name,
+        "source_sha256": digest,
+        "licence": LICENCE,
+    }
+    save_weights(out, description, denoiser.state_dict(), info)
+    print(f"{path} -> {out}/model.safetensors and config.json")
+    print(summary(denoiser))
+    print(f"  licence     {LICENCE}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,250 @@
+"""Pickles in the form of NVIDIA's: read without running anything, refused when they hold more."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pickle
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cm_lightning.networks import ADMUNet, EDM2Precond, EDM2UNet, EDMPrecond, SongUNet
+from cm_lightning.types import InputError
+from cm_lightning.weights import from_pretrained, read_edm_pickle
+
+
+@pytest.fixture
+def foreign(monkeypatch):
+    """The modules whose names such files hold, as far as writing one needs them."""
+    persistence = types.ModuleType("torch_utils.persistence")
+    util = types.ModuleType("dnnlib.util")
+
+    def _reconstruct_persistent_obj(meta):
+        raise AssertionError("the reader must not call this")
+
+    class EasyDict(dict):
+        __module__, __qualname__ = "dnnlib.util", "EasyDict"
+
+    _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
+    persistence._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    util.EasyDict = EasyDict
+    for name, module in (
+        ("torch_utils", types.ModuleType("torch_utils")),
+        ("torch_utils.persistence", persistence),
+        ("dnnlib", types.ModuleType("dnnlib")),
+        ("dnnlib.util", util),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    return persistence, util
+
+
+def persistent(module: nn.Module, foreign, name: str, arguments: dict | None = None):
+    """An object that pickles as the official decorator makes networks pickle."""
+    persistence, util = foreign
+
+    class Stored:
+        def __init__(self, state):
+            self.state = state
+
+        def __reduce__(self):
+            meta = util.EasyDict(
+                type="class",
+                version=6,
+                module_src="raise RuntimeError('executed')",
+                class_name=name,
+                state=self.state,
+            )
+            return persistence._reconstruct_persistent_obj, (meta,)
+
+    children = collections.OrderedDict()
+    for key, child in module._modules.items():
+        if isinstance(child, nn.ModuleDict):
+            container = nn.ModuleDict()
+            for inner, layer in child.items():
+                container._modules[inner] = persistent(layer, foreign, type(layer).__name__)
+            children[key] = container
+        elif child is not None:
+            children[key] = persistent(child, foreign, type(child).__name__)
+    state = {
+        "training": False,
+        "_parameters": collections.OrderedDict(module._parameters),
+        "_buffers": collections.OrderedDict(module._buffers),
+        "_non_persistent_buffers_set": set(),
+        "_modules": children,
+        "skip_scale": np.sqrt(0.5),
+        "sigma_max": float("inf"),
+        "_init_args": (),
+        "_init_kwargs": arguments or {},
+    }
+    return Stored(state)
+
+
+SONG = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8]}
+CASES = {
+    "song": (
+        lambda: EDMPrecond(SongUNet(16, label_dim=4, augment_dim=9, **SONG)),
+        "EDMPrecond",
+        {"model_type": "SongUNet", "label_dim": 4, "augment_dim": 9, "use_fp16": True, **SONG},
+    ),
+    "ect": (
+        lambda: EDMPrecond(SongUNet(16, **SONG)),
+        "ECMPrecond",
+        {"model_type": "SongUNet", "label_dim": 0, **SONG},
+    ),
+    "adm": (
+        lambda: EDMPrecond(ADMUNet(16, label_dim=4, **SONG)),
+        "EDMPrecond",
+        {"model_type": "DhariwalUNet", "label_dim": 4, **SONG},
+    ),
+    "edm2": (
+        lambda: EDM2Precond(EDM2UNet(16, label_dim=4, **SONG)),
+        "Precond",
+        {"label_dim": 4, "use_fp16": True, "sigma_data": 0.5, **SONG},
+    ),
+}
+
+
+@pytest.fixture
+def write(foreign, tmp_path):
+    def make(case: str):
+        torch.manual_seed(0)
+        build, name, arguments = CASES[case]
+        network = build()
+        arguments = foreign[1].EasyDict(img_resolution=16, img_channels=3, **arguments)
+        stored = persistent(network, foreign, name, arguments)
+        path = tmp_path / f"{case}.pkl"
+        content = {"ema": stored, "loss_fn": None, "augment_pipe": None, "dataset_kwargs": {}}
+        path.write_bytes(pickle.dumps(content))
+        return path, network
+
+    return make
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_networks_come_back_bit_for_bit(write, case, monkeypatch):
+    path, network = write(case)
+    for name in ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util"):
+        monkeypatch.delitem(sys.modules, name)  # the reader needs none of them
+    found = read_edm_pickle(path)
+    state = network.state_dict()
+    assert list(found.weights) == list(state)
+    assert all(torch.equal(found.weights[name], value) for name, value in state.items())
+    assert found.class_name == CASES[case][1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_import_inspect_and_use(write, case, program, tmp_path):
+    path, network = write(case)
+    done = program("cm-weights", "inspect", path)
+    assert done.code == 0, done.err
+    count = sum(p.numel() for p in network.parameters())
+    assert f"{count:,}" in done.out
+    assert "CC BY-NC-SA" in done.out
+    out = tmp_path / "weights"
+    done = program("cm-weights", "import", path, "--out", out)
+    assert done.code == 0, done.err
+    again = program("cm-weights", "import", path, "--out", out)
+    assert again.code == 2
+    assert "exists already" in again.err
+    loaded = from_pretrained(out)
+    x, sigma = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 5.0])
+    labels = torch.tensor([0, 3]) if network.num_classes else None
+    with torch.no_grad():
+        assert torch.equal(loaded(x, sigma, labels), network.eval()(x, sigma, labels))
+    config = json.loads((out / "config.json").read_text())
+    assert config["regime"] == "Diffusion"
+    assert "CC BY-NC-SA" in config["licence"]
+    assert program("cm-weights", "inspect", out).code == 0
+    done = program("cm-sample", out, "--n", 2, "--out", tmp_path / "pictures")
+    assert done.code == 0, done.err
+    assert "imported, 1 network calls" in done.out
+
+
+class Evil:
+    """Runs a command when unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"ema": Evil()}, "posix.system"),
+        ({"ema": collections.Counter()}, "collections.Counter"),
+        ({"ema": None}, "no network under 'ema'"),
+        ([1, 2], "no network"),
+    ],
+)
+def test_other_pickles_are_refused_by_name(content, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(InputError, match=words):
+        read_edm_pickle(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_nothing_evil_hides_behind_allowed_names(tmp_path, monkeypatch):
+    """Names below torch.nn.modules become inert, whatever they would be; so do attribute paths."""
+    monkeypatch.chdir(tmp_path)
+    for module, name in (
+        ("torch.nn.modules.container", "os.system"),
+        ("torch.nn.modules", "os"),
+        ("torch.storage", "os.system"),
+        ("builtins", "eval"),
+        ("torch._utils", "_import_dotted_name"),
+    ):
+        # protocol 4: STACK_GLOBAL resolves dotted names below a module
+        code = b"\x80\x04\x8c" + bytes([len(module)]) + module.encode()
+        code += b"\x8c" + bytes([len(name)]) + name.encode() + b"\x93"
+        code += b"\x8c\x0etouch executed\x85R."
+        path = tmp_path / "evil.pkl"
+        path.write_bytes(code)
+        with pytest.raises(InputError):
+            read_edm_pickle(path)
+        assert not (tmp_path / "executed").exists()
+
+
+def test_storages_are_read_as_weights_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inner = pickle.dumps(Evil())
+
+    class Storage:
+        def __reduce__(self):
+            return torch.storage._load_from_bytes, (inner,)
+
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(pickle.dumps({"ema": Storage()}))
+    with pytest.raises(InputError):
+        read_edm_pickle(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_damaged_and_foreign_files(write, program, tmp_path):
+    path, _ = write("song")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    missing = tmp_path / "none.pkl"
+    for source in (path, missing):
+        done = program("cm-weights", "import", source, "--out", tmp_path / "out")
+        assert done.code == 2
+        assert len(done.err.strip().splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+    assert program("cm-weights", "inspect", tmp_path / "none").code == 2
+    assert program("cm-weights", "look", path).code == 2
+
+
+def test_an_unknown_network_is_named(foreign, tmp_path):
+    stored = persistent(nn.Linear(1, 1), foreign, "VPPrecond")
+    path = tmp_path / "vp.pkl"
+    path.write_bytes(pickle.dumps({"ema": stored}))
+    with pytest.raises(InputError, match="VPPrecond"):
+        read_edm_pickle(path)
