@@ -136,6 +136,7 @@ class ImageDataModule(L.LightningDataModule):
         self._resident: Tensor | None = None
         self._bank: ReferenceBank | None = None
         self._nearest: Tensor | None = None
+        self._trial = False
 
     def plan(self, world: int) -> BatchPlan:
         """Split the global batch over ``world`` devices.
@@ -231,7 +232,9 @@ class ImageDataModule(L.LightningDataModule):
             device = torch.device("cpu")
             if self.trainer is not None:
                 device = self.trainer.strategy.root_device
-            self._nearest = nearest_distances(self.store, conditional, self.flip, device)
+            self._nearest = nearest_distances(
+                self.store, conditional, self.flip, device, keep=not self._trial
+            )
 
     def train_dataloader(self) -> DataLoader[RawBatch]:
         """Endless micro-batches of this rank, starting at the module's count of images.
@@ -283,6 +286,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def use_temporary_cache(self, folder: Path) -> None:
         """Write nothing outside ``folder``: read the store if it exists, else make it there."""
+        self._trial = True
         path = store_path(self.cache_dir, self.source.name, self.source.identity(), self.transform)
         if not path.is_dir():
             self.cache_dir = folder

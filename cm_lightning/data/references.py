@@ -147,7 +147,12 @@ class ReferenceBank:
 
 
 def nearest_distances(
-    store: ImageStore, conditional: bool, flip: bool, device: torch.device, chunk: int = 2048
+    store: ImageStore,
+    conditional: bool,
+    flip: bool,
+    device: torch.device,
+    chunk: int = 2048,
+    keep: bool = True,
 ) -> Tensor:
     """Distance from every image to its nearest other one, for the skip rule; computed once.
 
@@ -161,6 +166,7 @@ def nearest_distances(
         flip: Whether mirrored images belong to the data.
         device: Where to compute.
         chunk: Images per block.
+        keep: Whether to write the result beside the store.
 
     Returns:
         ``(N,)`` fp32 on the CPU; infinite for an image alone in its class.
@@ -184,6 +190,8 @@ def nearest_distances(
             for other in (y, y.flip(-1)) if flip else (y,):
                 best = torch.minimum(best, _nearest(x.flatten(1), other.flatten(1)))
         result[torch.from_numpy(block)] = best.sqrt().float().cpu()
+    if not keep:
+        return result
     partial = path.with_name(f".{name}.{uuid.uuid4().hex}.npy")
     try:
         np.save(partial, result.numpy(), allow_pickle=False)

@@ -251,3 +251,42 @@ def test_guidance_needs_a_teacher_that_knows_the_unlabelled_case(train, teacher,
     done = train("cd", tmp_path / "r", "--model.guidance", 2, "--model.teacher.path", bare, *free)
     assert done.code == 2
     assert "unconditional" in done.err
+
+
+def test_check_of_sct_leaves_the_cache_alone(train, tmp_path, monkeypatch):
+    """Neither with an empty cache nor with one that holds the store."""
+    monkeypatch.setenv("CM_HOME", str(tmp_path / "home"))
+    assert train("sct", tmp_path / "run", "--check").code == 0
+    assert list(tmp_path.iterdir()) == []
+    assert train("ect", tmp_path / "run", "--model.total_kimg", 0.064).code == 0
+    before = sorted(path for path in (tmp_path / "home").rglob("*"))
+    done = train("sct", tmp_path / "other", "--check")
+    assert done.code == 0, done.err
+    assert sorted(path for path in (tmp_path / "home").rglob("*")) == before
+    assert not (tmp_path / "other").exists()
+    assert train("sct", tmp_path / "other", "--model.total_kimg", 0.064).code == 0
+    assert list((tmp_path / "home").rglob("nearest*.npy"))
+
+
+def test_training_and_evaluation_in_phases(train, tmp_path):
+    edges = "[0, 2.515, 80]"
+    sampler = f"[{{class_path: PhasedSampler, init_args: {{edges: {edges}, eta: 0.9}}}}]"
+    words = [
+        "--model.phases.edges",
+        edges,
+        "--fid.samplers",
+        sampler,
+        "--samples.samplers",
+        sampler,
+    ]
+    run = tmp_path / "run"
+    done = train("sct", run, "--model.total_kimg", 0.128, *words)
+    assert done.code == 0, done.err
+    assert set(results(run)) == {
+        f"fd_digits66/{name}/phased_nfe2_eta0.9"
+        for name in ("ema_0.9", "ema_halflife0.3k", "ema_std0.100")
+    }
+    for bad, message in (("[0, 3, 2]", "edges must increase"), ("[1, 2]", "start at 0")):
+        done = train("sct", tmp_path / "bad", "--model.phases.edges", bad)
+        assert done.code == 2
+        assert message in done.err
