@@ -194,7 +194,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"--seed must be 0 or more, got {options.seed}.")
     sampler = choose_sampler(options.sigmas, options.heun, options.phases, options.eta)
     device = choose_device(options.device)
-    denoiser, info = load_weights(options.source, options.ema)
+    denoiser, info, _ = load_weights(options.source, options.ema)
     labels = choose_labels(options.labels, denoiser.num_classes, options.n)
     models = guided(denoiser, options)
     single = [f"{i:06d}.png" for i in range(options.n)]

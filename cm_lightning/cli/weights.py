@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cm_lightning.callbacks.run_record import write_text
 from cm_lightning.cli.errors import fail, readable_errors
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.weights import (
@@ -43,6 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
         default="Diffusion",
         help="what trained the weights: Diffusion (EDM, EDM2), ECT, ... [Diffusion]",
     )
+    export = actions.add_parser("export", help="portable weights with a model card")
+    export.add_argument("source", help="run directory, .ckpt in one, or weights folder")
+    export.add_argument("--ema", help="EMA profile or snapshot of a run [its first profile]")
+    export.add_argument("--out", required=True, help="folder to make; must not exist")
     return parser
 
 
@@ -50,7 +56,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of ``cm-weights``."""
     options = build_parser().parse_args(args)
     with readable_errors(COMMAND):
-        {"inspect": inspect, "import": bring}[options.action](options)
+        {"inspect": inspect, "import": bring, "export": export}[options.action](options)
 
 
 def read_pickle(path: Path) -> tuple[Denoiser, dict[str, Any], str]:
@@ -92,7 +98,7 @@ def inspect(options: argparse.Namespace) -> None:
         print("  arguments   " + ", ".join(f"{key} {value}" for key, value in arguments.items()))
         print(f"  licence     {LICENCE}")
         return
-    denoiser, info = load_weights(path)
+    denoiser, info, _ = load_weights(path)
     print(f"{path}: {info.get('regime')}, EMA profile {info.get('ema')}")
     print(summary(denoiser))
     for key in ("kimg", "data_fingerprint", "source", "licence"):
@@ -121,6 +127,75 @@ def bring(options: argparse.Namespace) -> None:
     print(f"{path} -> {out}/model.safetensors and config.json")
     print(summary(denoiser))
     print(f"  licence     {LICENCE}")
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write portable weights and a model card."""
+    out = Path(options.out)
+    if out.exists():
+        raise InputError(f"--out {out} exists already: choose another folder.")
+    denoiser, info, config = load_weights(options.source, options.ema)
+    info = {key: value for key, value in info.items() if key not in ("format", "version")}
+    save_weights(out, config, denoiser.state_dict(), info)
+    write_text(out / "README.md", model_card(denoiser, info, distances(Path(options.source))))
+    print(f"{options.source} -> {out}/model.safetensors, config.json and README.md")
+    print(summary(denoiser))
+
+
+def distances(source: Path) -> dict[str, float]:
+    """Frechet distances in a run's record, empty if there is none."""
+    run = source.parent.parent if source.suffix == ".ckpt" else source
+    try:
+        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        return dict(record["results"]["last"])
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def licences(info: dict[str, Any]) -> list[str]:
+    """Licences of all weights that these rest on, each once."""
+    found = [info["licence"]] if info.get("licence") else []
+    for origin in (info.get("origins") or {}).values():
+        found += licences(origin)
+    return list(dict.fromkeys(found))
+
+
+def model_card(denoiser: Denoiser, info: dict[str, Any], measured: dict[str, float]) -> str:
+    """A model card in Markdown.
+
+    Args:
+        denoiser: The network.
+        info: What is known about its training.
+        measured: Frechet distances by name.
+    """
+    kimg = "unknown" if info.get("kimg") is None else f"{info['kimg']:g} thousand images"
+    lines = [
+        f"# {info.get('regime')} model",
+        "",
+        "Image generator trained with [cm-lightning](https://github.com/cm-lightning/cm-lightning).",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| regime | {info.get('regime')} |",
+        f"| length of training | {kimg} |",
+        f"| average of the weights | {info.get('ema')} |",
+        f"| data, SHA-256 | {info.get('data_fingerprint') or 'unknown'} |",
+    ]
+    lines += [line.replace("  ", "| ", 1) + " |" for line in _rows(denoiser)]
+    for role, origin in (info.get("origins") or {}).items():
+        lines.append(f"| {role} | {origin.get('path')}, SHA-256 {origin.get('sha256')} |")
+    own = [(key, value) for key, value in measured.items() if f"/{info.get('ema')}/" in key]
+    lines += [f"| {key} | {value:.4g} |" for key, value in own]
+    carried = licences(info)
+    text = "; ".join(carried) or "that of the data and of whoever trained the weights"
+    lines += ["", "## Licence", "", f"Of the weights this model was made from: {text}.", ""]
+    lines += ["## Use", "", "```python", "from cm_lightning.weights import from_pretrained", ""]
+    lines += ['denoiser = from_pretrained("this folder")', "```", ""]
+    return "\n".join(lines)
+
+
+def _rows(denoiser: Denoiser) -> list[str]:
+    return ["  " + " | ".join(line.split(maxsplit=1)) for line in summary(denoiser).splitlines()]
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class ConsistencyModule(L.LightningModule):
         """Weights of other runs that this one uses, by role, with path and SHA-256."""
         self._borrowed: dict[str, Denoiser] = {}
         if init is not None:
-            loaded, info = init.load()
+            loaded, info, _ = init.load()
             start_from(denoiser, loaded, init.path)
             digest = hash_tensors(loaded.state_dict())
             self.origins["init"] = info | {"path": init.path, "sha256": digest}
@@ -136,7 +136,7 @@ class ConsistencyModule(L.LightningModule):
             if coupling.endpoint == "ema":
                 self._average("endpoint", coupling.average)
             if coupling.weights is not None:
-                weights, info = Pretrained(coupling.weights).load()
+                weights, info, _ = Pretrained(coupling.weights).load()
                 check_twin(self.denoiser, weights, f"endpoint {coupling.weights}")
                 self.borrow("endpoint", weights, coupling.weights, info)
 

@@ -125,7 +125,7 @@ def load_teacher(
             f"CD needs a teacher and there is none at {path}. Train one first: "
             f"cm-fit --config configs/{config}.yaml --run_dir {path}"
         )
-    network, info = teacher.load()
+    network, info, _ = teacher.load()
     if info.get("regime", "Diffusion") != "Diffusion" or isinstance(network, ConsistencyPrecond):
         raise InputError(
             f"The teacher {path} is no diffusion model: it was trained by {info.get('regime')} "

@@ -37,11 +37,14 @@ class Loaded(NamedTuple):
 
     Attributes:
         denoiser: In eval mode, on the CPU.
-        info: ``regime``, ``ema``, ``kimg`` and ``data_fingerprint``.
+        info: ``regime``, ``ema``, ``kimg``, ``data_fingerprint``, and ``origins`` or ``licence``
+            where they are known.
+        config: ``class_path`` and ``init_args`` that build the denoiser.
     """
 
     denoiser: Denoiser
     info: dict[str, Any]
+    config: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -209,14 +212,15 @@ def _load_folder(folder: Path, ema: str | None) -> Loaded:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
     _fill(denoiser, tensors, str(folder))
-    return Loaded(denoiser.eval(), config)
+    return Loaded(denoiser.eval(), config, description)
 
 
 def _load_checkpoint(path: Path, config_path: Path, ema: str | None) -> Loaded:
     import yaml
 
     config = yaml.safe_load(config_path.read_text(encoding="utf-8"))
-    denoiser = build_denoiser(config["model"]["init_args"]["denoiser"], str(config_path))
+    description = config["model"]["init_args"]["denoiser"]
+    denoiser = build_denoiser(description, str(config_path))
     checkpoint = read_checkpoint(path)
     prefix = "denoiser."
     weights = {
@@ -237,8 +241,18 @@ def _load_checkpoint(path: Path, config_path: Path, ema: str | None) -> Loaded:
         "ema": name,
         "kimg": state["nimg"] / 1000,
         "data_fingerprint": state["data"],
+        "origins": _origins(path.parent.parent),
     }
-    return Loaded(denoiser.eval(), info)
+    return Loaded(denoiser.eval(), info, description)
+
+
+def _origins(run: Path) -> dict[str, Any]:
+    """Weights that a run was made from, as its record tells."""
+    try:
+        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return dict(record.get("origins", {}))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def write(foreign, tmp_path):
         path.write_bytes(pickle.dumps(content))
         return path, network
 
+    make.foreign = foreign
     return make
 
 
@@ -248,3 +249,37 @@ def test_an_unknown_network_is_named(foreign, tmp_path):
     path.write_bytes(pickle.dumps({"ema": stored}))
     with pytest.raises(InputError, match="VPPrecond"):
         read_edm_pickle(path)
+
+
+def test_the_licence_of_imported_weights_travels_on(write, program, tmp_path):
+    """Import, tune, export: the model card names where the weights came from."""
+    from tests.cli.conftest import DIGITS, TINY
+
+    torch.manual_seed(0)
+    network = EDMPrecond(SongUNet(8, 1, 1, 10, model_channels=32, channel_mult=[1], num_blocks=1))
+    arguments = {"model_type": "SongUNet", "label_dim": 10, "model_channels": 32}
+    arguments |= {"channel_mult": [1], "num_blocks": 1, "img_resolution": 8, "img_channels": 1}
+    stored = persistent(network, write.foreign, "EDMPrecond", arguments)
+    path = tmp_path / "edm.pkl"
+    path.write_bytes(pickle.dumps({"ema": stored}))
+    weights, run, out = tmp_path / "weights", tmp_path / "run", tmp_path / "out"
+    assert program("cm-weights", "import", path, "--out", weights).code == 0
+    words = ["--config", DIGITS, "--config", TINY, "--run_dir", run, "--fid.n", 66]
+    words += ["--model.init.path", weights, "--model.total_kimg", 0.064]
+    words += ["--model.denoiser.backbone.attn_resolutions", "[16]"]
+    words += ["--model.denoiser.backbone.channel_mult_emb", 4]
+    done = program("cm-fit", *words)
+    assert done.code == 0, done.err
+    done = program("cm-weights", "export", run, "--ema", "ema_0.9", "--out", out)
+    assert done.code == 0, done.err
+    card = (out / "README.md").read_text()
+    for words in ("CC BY-NC-SA", "ECT", "0.064 thousand images", str(weights), "fd_digits66"):
+        assert words in card, words
+    a, b = from_pretrained(out).state_dict(), from_pretrained(run, "ema_0.9").state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    again = tmp_path / "again"
+    assert program("cm-weights", "export", out, "--out", again).code == 0
+    assert "CC BY-NC-SA" in (again / "README.md").read_text()
+    refused = program("cm-weights", "export", run, "--out", out)
+    assert refused.code == 2
+    assert "exists already" in refused.err
