@@ -16,6 +16,7 @@ from cm_lightning.weights import (
     LICENCE,
     build_denoiser,
     check_weights,
+    load_posthoc,
     load_weights,
     read_edm_pickle,
     save_weights,
@@ -48,6 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
     export = actions.add_parser("export", help="portable weights with a model card")
     export.add_argument("source", help="run directory, .ckpt in one, or weights folder")
     export.add_argument("--ema", help="EMA profile or snapshot of a run [its first profile]")
+    export.add_argument(
+        "--posthoc",
+        type=float,
+        metavar="STD",
+        help="reconstruct this width from the run's PowerEMA profiles and snapshots",
+    )
     export.add_argument("--out", required=True, help="folder to make; must not exist")
     return parser
 
@@ -134,7 +141,12 @@ def export(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if out.exists():
         raise InputError(f"--out {out} exists already: choose another folder.")
-    denoiser, info, config = load_weights(options.source, options.ema)
+    if options.posthoc is not None and options.ema is not None:
+        raise InputError("--ema and --posthoc exclude each other.")
+    if options.posthoc is not None:
+        denoiser, info, config = load_posthoc(options.source, options.posthoc)
+    else:
+        denoiser, info, config = load_weights(options.source, options.ema)
     info = {key: value for key, value in info.items() if key not in ("format", "version")}
     save_weights(out, config, denoiser.state_dict(), info)
     write_text(out / "README.md", model_card(denoiser, info, distances(Path(options.source))))

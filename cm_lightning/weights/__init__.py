@@ -12,6 +12,7 @@ from cm_lightning.weights.portable import (
     save_weights,
     start_from,
 )
+from cm_lightning.weights.posthoc import load_posthoc
 
 __all__ = [
     "LICENCE",
@@ -21,6 +22,7 @@ __all__ = [
     "build_denoiser",
     "check_weights",
     "from_pretrained",
+    "load_posthoc",
     "load_weights",
     "read_checkpoint",
     "read_edm_pickle",

@@ -172,10 +172,7 @@ def load_weights(path: str | Path, ema: str | None = None) -> Loaded:
     if (path / "model.safetensors").is_file():
         return _load_folder(path, ema)
     if path.is_dir() and (path / "config.yaml").is_file():
-        found = sorted((path / "checkpoints").glob("nimg*.ckpt"), key=lambda file: file.name)
-        if not found:
-            raise InputError(f"The run directory {path} holds no checkpoint yet.")
-        return _load_checkpoint(found[-1], path / "config.yaml", ema)
+        return _load_checkpoint(newest_of(path), path / "config.yaml", ema)
     if path.is_file() and path.suffix == ".ckpt":
         config = path.parent.parent / "config.yaml"
         if not config.is_file():
@@ -187,6 +184,20 @@ def load_weights(path: str | Path, ema: str | None = None) -> Loaded:
         f"{path} is neither a run directory (with config.yaml) nor a weights folder (with "
         "model.safetensors and config.json) nor a .ckpt file."
     )
+
+
+def newest_of(source: Path) -> Path:
+    """The newest checkpoint of a run directory; a checkpoint itself is returned as it is.
+
+    Raises:
+        InputError: If there is none.
+    """
+    if source.is_file():
+        return source
+    found = sorted((source / "checkpoints").glob("nimg*.ckpt"), key=lambda file: file.name)
+    if not found:
+        raise InputError(f"The run directory {source} holds no checkpoint yet.")
+    return found[-1]
 
 
 def from_pretrained(path: str | Path, ema: str | None = None) -> Denoiser:
