@@ -7,24 +7,29 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from cm_lightning.callbacks.run_record import write_text
 from cm_lightning.cli.errors import fail, readable_errors
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.weights import (
     LICENCE,
+    OPENAI_LICENCE,
     build_denoiser,
     check_weights,
     load_posthoc,
     load_weights,
     read_edm_pickle,
+    read_openai,
     save_weights,
 )
 
 __all__ = ["main"]
 
 COMMAND = "cm-weights"
+
+PUBLIC = (".pkl", ".pt", ".pth")
+"""Endings of published files."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,14 +42,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=COMMAND, allow_abbrev=False, description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
     inspect = actions.add_parser("inspect", help="say what a file or folder holds")
-    inspect.add_argument("source", help="EDM, EDM2 or ECT .pkl, weights folder, run, .ckpt")
-    bring = actions.add_parser("import", help="turn an EDM, EDM2 or ECT .pkl into safe weights")
-    bring.add_argument("source", help="the .pkl file; nothing in it is executed")
+    inspect.add_argument("source", help=".pkl, .pt, weights folder, run directory or .ckpt")
+    bring = actions.add_parser("import", help="turn a published file into safe weights")
+    bring.add_argument(
+        "source", help="EDM, EDM2 or ECT .pkl (nothing in it is executed), or OpenAI .pt"
+    )
+    for action in (inspect, bring):
+        action.add_argument(
+            "--resolution", type=int, help="side of the images, where an OpenAI file leaves it open"
+        )
     bring.add_argument("--out", required=True, help="folder to make; must not exist")
     bring.add_argument(
         "--regime",
         default="Diffusion",
-        help="what trained the weights: Diffusion (EDM, EDM2), ECT, ... [Diffusion]",
+        choices=("Diffusion", "ECT", "CD", "CT"),
+        help="what trained the weights: Diffusion (EDM, EDM2), ECT, CD, CT [Diffusion]",
     )
     export = actions.add_parser("export", help="portable weights with a model card")
     export.add_argument("source", help="run directory, .ckpt in one, or weights folder")
@@ -66,17 +78,39 @@ def main(args: list[str] | None = None) -> None:
         {"inspect": inspect, "import": bring, "export": export}[options.action](options)
 
 
-def read_pickle(path: Path) -> tuple[Denoiser, dict[str, Any], str]:
-    """The network of a pickle with its weights, its description and the class in the file.
+class Public(NamedTuple):
+    """A network from a published file.
+
+    Attributes:
+        denoiser: With its weights.
+        config: ``class_path`` and ``init_args``.
+        kind: What the file is.
+        licence: Licence of the published weights.
+    """
+
+    denoiser: Denoiser
+    config: dict[str, Any]
+    kind: str
+    licence: str
+
+
+def read_public(path: Path, resolution: int | None, regime: str) -> Public:
+    """Read an EDM, EDM2 or ECT pickle, or a state dict of OpenAI's U-Net.
 
     Raises:
-        InputError: If names or shapes of its tensors are not those of the class here.
+        InputError: If it is neither, unsafe, or its tensors do not fit the class here.
     """
-    found = read_edm_pickle(path)
-    denoiser = build_denoiser(found.denoiser, str(path))
-    check_weights(denoiser.state_dict(), found.weights, str(path))
-    denoiser.load_state_dict(found.weights)
-    return denoiser, found.denoiser, found.class_name
+    if path.suffix == ".pkl":
+        found = read_edm_pickle(path)
+        config, weights, licence = found.denoiser, found.weights, LICENCE
+        kind = f"pickle of a {found.class_name}; nothing in it was executed"
+    else:
+        config, weights = read_openai(path, resolution, consistency=regime in ("CD", "CT"))
+        kind, licence = "state dict of OpenAI's U-Net", OPENAI_LICENCE
+    denoiser = build_denoiser(config, str(path))
+    check_weights(denoiser.state_dict(), weights, str(path))
+    denoiser.load_state_dict(weights)
+    return Public(denoiser, config, kind, licence)
 
 
 def summary(denoiser: Denoiser) -> str:
@@ -97,13 +131,13 @@ def summary(denoiser: Denoiser) -> str:
 def inspect(options: argparse.Namespace) -> None:
     """Say what a file or folder holds."""
     path = Path(options.source)
-    if path.suffix == ".pkl":
-        denoiser, description, name = read_pickle(path)
-        arguments = description["init_args"]["backbone"]["init_args"]
-        print(f"{path}: pickle of a {name}; nothing in it was executed")
-        print(summary(denoiser))
+    if path.suffix in PUBLIC:
+        found = read_public(path, options.resolution, "Diffusion")
+        arguments = found.config["init_args"]["backbone"]["init_args"]
+        print(f"{path}: {found.kind}")
+        print(summary(found.denoiser))
         print("  arguments   " + ", ".join(f"{key} {value}" for key, value in arguments.items()))
-        print(f"  licence     {LICENCE}")
+        print(f"  licence     {found.licence}")
         return
     denoiser, info, _ = load_weights(path)
     print(f"{path}: {info.get('regime')}, EMA profile {info.get('ema')}")
@@ -114,11 +148,13 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def bring(options: argparse.Namespace) -> None:
-    """Write ``model.safetensors`` and ``config.json`` of a pickle."""
+    """Write ``model.safetensors`` and ``config.json`` of a published file."""
     path, out = Path(options.source), Path(options.out)
     if out.exists():
         raise InputError(f"--out {out} exists already: choose another folder.")
-    denoiser, description, _ = read_pickle(path)
+    if path.suffix not in PUBLIC:
+        raise InputError(f"{path} is none of the files that can be imported: {', '.join(PUBLIC)}.")
+    found = read_public(path, options.resolution, options.regime)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     info = {
@@ -128,12 +164,12 @@ def bring(options: argparse.Namespace) -> None:
         "data_fingerprint": None,
         "source": path.name,
         "source_sha256": digest,
-        "licence": LICENCE,
+        "licence": found.licence,
     }
-    save_weights(out, description, denoiser.state_dict(), info)
+    save_weights(out, found.config, found.denoiser.state_dict(), info)
     print(f"{path} -> {out}/model.safetensors and config.json")
-    print(summary(denoiser))
-    print(f"  licence     {LICENCE}")
+    print(summary(found.denoiser))
+    print(f"  licence     {found.licence}")
 
 
 def export(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Reading and writing weights, safely."""
 
 from cm_lightning.weights.edm_pickle import LICENCE, EDMNetwork, read_edm_pickle
+from cm_lightning.weights.openai import OPENAI_LICENCE, read_openai
 from cm_lightning.weights.portable import (
     Loaded,
     Pretrained,
@@ -16,6 +17,7 @@ from cm_lightning.weights.posthoc import load_posthoc
 
 __all__ = [
     "LICENCE",
+    "OPENAI_LICENCE",
     "EDMNetwork",
     "Loaded",
     "Pretrained",
@@ -26,6 +28,7 @@ __all__ = [
     "load_weights",
     "read_checkpoint",
     "read_edm_pickle",
+    "read_openai",
     "save_weights",
     "start_from",
 ]
