@@ -185,6 +185,10 @@ def start_summary(trainer: L.Trainer, pl_module: Any, resumed_from: str | None) 
         f"  device    {device_name(pl_module.device)}; {split}; precision {trainer.precision}",
         f"  run       {trainer.default_root_dir}",
     ]
+    for role, origin in pl_module.origins.items():
+        left = origin.get("left_out")
+        note = f"; left out, as the network has no such layer: {', '.join(left)}" if left else ""
+        lines.append(f"  {role:<9} {origin['path']} ({origin['sha256'][:16]}){note}")
     if resumed_from is not None:
         lines.append(f"  resumed   {resumed_from} at {pl_module.nimg / 1000:g} kimg")
     return "\n".join(lines)

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple, NoReturn
 
 from cm_lightning.callbacks.run_record import write_text
 from cm_lightning.cli.errors import fail, readable_errors
+from cm_lightning.ema import power_exponent
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.weights import (
     LICENCE,
     OPENAI_LICENCE,
+    Loaded,
     build_denoiser,
     check_weights,
     load_posthoc,
@@ -61,13 +63,15 @@ def build_parser() -> argparse.ArgumentParser:
     export = actions.add_parser("export", help="portable weights with a model card")
     export.add_argument("source", help="run directory, .ckpt in one, or weights folder")
     export.add_argument("--ema", help="EMA profile or snapshot of a run [its first profile]")
-    export.add_argument(
-        "--posthoc",
-        type=float,
-        metavar="STD",
-        help="reconstruct this width from the run's PowerEMA profiles and snapshots",
-    )
     export.add_argument("--out", required=True, help="folder to make; must not exist")
+    phema = actions.add_parser(
+        "phema", help="averages of other widths, from a run's PowerEMA profiles and snapshots"
+    )
+    phema.add_argument("source", help="run directory, or .ckpt in one")
+    phema.add_argument(
+        "--std", type=float, nargs="+", required=True, help="relative widths, a folder each"
+    )
+    phema.add_argument("--out", required=True, help="folder for them; must not exist")
     return parser
 
 
@@ -75,7 +79,8 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of ``cm-weights``."""
     options = build_parser().parse_args(args)
     with readable_errors(COMMAND):
-        {"inspect": inspect, "import": bring, "export": export}[options.action](options)
+        actions = {"inspect": inspect, "import": bring, "export": export, "phema": phema}
+        actions[options.action](options)
 
 
 class Public(NamedTuple):
@@ -177,16 +182,27 @@ def export(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if out.exists():
         raise InputError(f"--out {out} exists already: choose another folder.")
-    if options.posthoc is not None and options.ema is not None:
-        raise InputError("--ema and --posthoc exclude each other.")
-    if options.posthoc is not None:
-        denoiser, info, config = load_posthoc(options.source, options.posthoc)
-    else:
-        denoiser, info, config = load_weights(options.source, options.ema)
+    write(load_weights(options.source, options.ema), Path(options.source), out)
+
+
+def phema(options: argparse.Namespace) -> None:
+    """Reconstruct averages and write each as portable weights."""
+    out = Path(options.out)
+    if out.exists():
+        raise InputError(f"--out {out} exists already: choose another folder.")
+    for std in options.std:
+        power_exponent(std)
+    for std in options.std:
+        write(load_posthoc(options.source, std), Path(options.source), out / f"std{std:.3f}")
+
+
+def write(loaded: Loaded, source: Path, out: Path) -> None:
+    """Write weights with a model card and say so."""
+    denoiser, info, config = loaded
     info = {key: value for key, value in info.items() if key not in ("format", "version")}
     save_weights(out, config, denoiser.state_dict(), info)
-    write_text(out / "README.md", model_card(denoiser, info, distances(Path(options.source))))
-    print(f"{options.source} -> {out}/model.safetensors, config.json and README.md")
+    write_text(out / "README.md", model_card(denoiser, info, distances(source)))
+    print(f"{source} -> {out}/model.safetensors, config.json and README.md")
     print(summary(denoiser))
 
 

@@ -101,9 +101,10 @@ class ConsistencyModule(L.LightningModule):
         self._borrowed: dict[str, Denoiser] = {}
         if init is not None:
             loaded, info, _ = init.load()
-            start_from(denoiser, loaded, init.path)
+            left_out = start_from(denoiser, loaded, init.path)
             digest = hash_tensors(loaded.state_dict())
-            self.origins["init"] = info | {"path": init.path, "sha256": digest}
+            found = {"path": init.path, "sha256": digest, "left_out": left_out}
+            self.origins["init"] = info | found
 
     def borrow(self, role: str, denoiser: Denoiser, path: str, info: dict[str, Any]) -> None:
         """Keep a frozen network of another run, such as a teacher, beside the module.

@@ -64,13 +64,19 @@ class Pretrained:
         return load_weights(self.path, self.ema)
 
 
-def start_from(denoiser: Denoiser, weights: Denoiser, where: str) -> None:
+def start_from(denoiser: Denoiser, weights: Denoiser, where: str) -> list[str]:
     """Copy trained weights into a denoiser that may have another preconditioning.
+
+    Every tensor must fit by name and shape, with one exception: the layer of the augmentation
+    label, which a network without augmentation does not have and whose label is zero there.
 
     Args:
         denoiser: The network to be trained.
         weights: The trained one.
         where: Where it comes from, for messages.
+
+    Returns:
+        Names of tensors that were left out.
 
     Raises:
         InputError: If image shape, classes, sigma_data or any tensor differ.
@@ -88,8 +94,12 @@ def start_from(denoiser: Denoiser, weights: Denoiser, where: str) -> None:
     target, source = denoiser, weights
     if type(denoiser) is not type(weights) and hasattr(denoiser, "backbone"):
         target, source = denoiser.backbone, getattr(weights, "backbone", weights)  # type: ignore[assignment]
-    check_weights(target.state_dict(), source.state_dict(), where)
-    target.load_state_dict(source.state_dict())
+    own, loaded = target.state_dict(), source.state_dict()
+    left_out = [name for name in loaded if "map_augment." in name and name not in own]
+    loaded = {name: value for name, value in loaded.items() if name not in left_out}
+    check_weights(own, loaded, where)
+    target.load_state_dict(loaded)
+    return left_out
 
 
 def build_denoiser(config: Mapping[str, Any], where: str) -> Denoiser:

@@ -256,8 +256,9 @@ def test_the_licence_of_imported_weights_travels_on(write, program, tmp_path):
     from tests.cli.conftest import DIGITS, TINY
 
     torch.manual_seed(0)
-    network = EDMPrecond(SongUNet(8, 1, 1, 10, model_channels=32, channel_mult=[1], num_blocks=1))
-    arguments = {"model_type": "SongUNet", "label_dim": 10, "model_channels": 32}
+    small = {"model_channels": 32, "channel_mult": [1], "num_blocks": 1, "augment_dim": 9}
+    network = EDMPrecond(SongUNet(8, 1, 1, 10, **small))
+    arguments = {"model_type": "SongUNet", "label_dim": 10, "augment_dim": 9, "model_channels": 32}
     arguments |= {"channel_mult": [1], "num_blocks": 1, "img_resolution": 8, "img_channels": 1}
     stored = persistent(network, write.foreign, "EDMPrecond", arguments)
     path = tmp_path / "edm.pkl"
@@ -270,6 +271,7 @@ def test_the_licence_of_imported_weights_travels_on(write, program, tmp_path):
     words += ["--model.denoiser.backbone.channel_mult_emb", 4]
     done = program("cm-fit", *words)
     assert done.code == 0, done.err
+    assert "left out, as the network has no such layer: model.map_augment.weight" in done.out
     done = program("cm-weights", "export", run, "--ema", "ema_0.9", "--out", out)
     assert done.code == 0, done.err
     card = (out / "README.md").read_text()

@@ -56,19 +56,20 @@ def test_a_width_that_was_tracked_is_found_again(run_dir, monkeypatch):
     assert distance(found, tracked) < 0.1 * nearest
 
 
-def test_export_and_mistakes(run_dir, program, tmp_path):
+def test_sweep_and_mistakes(run_dir, program, tmp_path):
     out = tmp_path / "out"
-    done = program("cm-weights", "export", run_dir, "--posthoc", 0.06, "--out", out)
+    done = program("cm-weights", "phema", run_dir, "--std", 0.06, 0.09, "--out", out)
     assert done.code == 0, done.err
-    assert "ema_std0.060_posthoc" in (out / "README.md").read_text()
-    expected = load_posthoc(run_dir, 0.06).denoiser.state_dict()
-    loaded = from_pretrained(out).state_dict()
-    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
-    with pytest.raises(InputError, match="std must lie"):
-        load_posthoc(run_dir, 0.5)
-    both = program("cm-weights", "export", run_dir, "--posthoc", 0.06, "--ema", "x", "--out", "y")
-    assert both.code == 2
-    assert "exclude" in both.err
+    assert "ema_std0.060_posthoc" in (out / "std0.060" / "README.md").read_text()
+    for std in (0.06, 0.09):
+        expected = load_posthoc(run_dir, std).denoiser.state_dict()
+        loaded = from_pretrained(out / f"std{std:.3f}").state_dict()
+        assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    wide = program("cm-weights", "phema", run_dir, "--std", 0.06, 0.5, "--out", tmp_path / "wide")
+    assert wide.code == 2
+    assert "std must lie" in wide.err
+    assert not (tmp_path / "wide").exists()
+    assert program("cm-weights", "phema", run_dir, "--std", 0.06, "--out", out).code == 2
 
 
 def test_a_run_without_such_averages(program, tmp_path):
