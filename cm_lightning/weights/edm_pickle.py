@@ -62,8 +62,37 @@ class _Persistent(_Inert):
         self.state = meta["state"]
 
 
+class _Function:
+    """A function that a pickle can call and cannot change."""
+
+    __slots__ = ("_run",)
+    _run: Callable[..., Any]
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_run", run)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._run(*args)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise TypeError("functions have no state")
+
+    def __setstate__(self, state: Any) -> None:
+        raise TypeError("functions have no state")
+
+
 def _storage(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+    """A view of a storage, which is never enlarged for it."""
+    reach = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    sound = offset >= 0 and all(n >= 1 for n in size) and all(step >= 0 for step in stride)
+    if not sound or reach > storage.size():
+        raise ValueError(f"a tensor of size {tuple(size)} does not fit its storage")
+    tensor: Tensor = torch.tensor([], dtype=storage.dtype)
+    return tensor.set_(storage, offset, tuple(size), tuple(stride))
 
 
 def _parameter(data: Tensor, *_: Any) -> Tensor:
@@ -82,9 +111,9 @@ def _known() -> dict[tuple[str, str], Any]:
         ("builtins", "set"): set,
         ("__builtin__", "set"): set,
         ("dnnlib.util", "EasyDict"): _Dict,
-        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-        ("torch._utils", "_rebuild_parameter"): _parameter,
-        ("torch.storage", "_load_from_bytes"): _storage,
+        ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor),
+        ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
+        ("torch.storage", "_load_from_bytes"): _Function(_storage),
         ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Persistent,
     }
 
@@ -127,8 +156,9 @@ def read_edm_pickle(path: str | Path) -> EDMNetwork:
     except InputError as error:
         raise InputError(f"{path} is refused, as reading it could run code: {error}.") from error
     except Exception as error:  # a damaged pickle raises whatever it stumbles over
+        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{path} cannot be read as an EDM pickle ({type(error).__name__}: {error})."
+            f"{path} cannot be read as an EDM pickle ({type(error).__name__}: {reason})."
         ) from error
     network = content.get("ema") if isinstance(content, dict) else content
     if not isinstance(network, _Persistent):
@@ -136,7 +166,7 @@ def read_edm_pickle(path: str | Path) -> EDMNetwork:
     try:
         weights = {name: value.float() for name, value in _tensors(network)}
         described = _describe(network, path)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} holds a network of another form ({error}).") from error
     return EDMNetwork(described, weights, network.class_name)
 

@@ -193,25 +193,85 @@ def test_other_pickles_are_refused_by_name(content, words, tmp_path, monkeypatch
     assert not (tmp_path / "executed").exists()
 
 
-def test_nothing_evil_hides_behind_allowed_names(tmp_path, monkeypatch):
-    """Names below torch.nn.modules become inert, whatever they would be; so do attribute paths."""
+def call(module: str, name: str, argument: str = "touch executed") -> bytes:
+    """A pickle that calls one function with one text; protocol 4 follows dotted names."""
+    parts = [b"\x80\x04"]
+    parts += [b"X" + len(text).to_bytes(4, "little") + text.encode() for text in (module, name)]
+    parts += [b"\x93", b"X" + len(argument).to_bytes(4, "little") + argument.encode(), b"\x85R."]
+    return b"".join(parts)
+
+
+def reaching(size: tuple, stride: tuple) -> bytes:
+    """A tensor that wants more than its storage holds."""
+
+    class Tensor:
+        def __reduce__(self):
+            storage = torch.zeros(4).storage()
+            arguments = (storage, 0, size, stride, False, collections.OrderedDict())
+            return torch._utils._rebuild_tensor_v2, arguments
+
+    return pickle.dumps({"ema": Tensor()})
+
+
+HOSTILE = {
+    **{
+        f"{module}.{name}": call(module, name)
+        for module, name in (
+            ("os", "system"),
+            ("posix", "system"),
+            ("subprocess", "getoutput"),
+            ("builtins", "eval"),
+            ("builtins", "exec"),
+            ("builtins", "getattr"),
+            ("builtins", "__import__"),
+            ("builtins", "set.__class__"),
+            ("importlib", "import_module"),
+            ("runpy", "run_path"),
+            ("shutil", "rmtree"),
+            ("operator", "attrgetter"),
+            ("functools", "partial"),
+            ("numpy", "load"),
+            ("torch", "load"),
+            ("torch.hub", "load"),
+            ("torch.serialization", "load"),
+            ("torch.storage", "os.system"),
+            ("torch._utils", "_import_dotted_name"),
+            ("torch.nn.modules", "os"),
+            ("torch.nn.modules.container", "os.system"),
+            ("torch.nn.modules.module", "torch.load"),
+            ("collections", "OrderedDict.__init__.__globals__"),
+            ("pickle", "loads"),
+        )
+    },
+    "protocol 0": b"cos\nsystem\n(S'touch executed'\ntR.",
+    "inst opcode": b"(S'touch executed'\nios\nsystem\n.",
+    "changed function": b"\x80\x04ctorch.storage\n_load_from_bytes\n}X\x01\x00\x00\x00aK\x01sb.",
+    "changed slots": b"\x80\x04ctorch.storage\n_load_from_bytes\n"
+    b"N}X\x04\x00\x00\x00_runK\x01s\x86b.",
+    "persistent id": b"\x80\x04Ptouch executed\n.",
+    "extension code": b"\x80\x02\x82\x01.",
+    "a length of 2^31": b"\x80\x04\x8e" + (2**31).to_bytes(8, "little") + b"x.",
+    "a length of 2^62": b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x.",
+    "large tensor": reaching((2**40,), (1,)),
+    "negative stride": reaching((4,), (-1,)),
+    "empty": b"",
+    "text": b"this is no pickle",
+    "zip": b"PK\x03\x04" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_in_one_sentence(name, program, tmp_path, monkeypatch):
+    """Nothing runs: the canary file does not appear, and nothing is written."""
     monkeypatch.chdir(tmp_path)
-    for module, name in (
-        ("torch.nn.modules.container", "os.system"),
-        ("torch.nn.modules", "os"),
-        ("torch.storage", "os.system"),
-        ("builtins", "eval"),
-        ("torch._utils", "_import_dotted_name"),
-    ):
-        # protocol 4: STACK_GLOBAL resolves dotted names below a module
-        code = b"\x80\x04\x8c" + bytes([len(module)]) + module.encode()
-        code += b"\x8c" + bytes([len(name)]) + name.encode() + b"\x93"
-        code += b"\x8c\x0etouch executed\x85R."
-        path = tmp_path / "evil.pkl"
-        path.write_bytes(code)
-        with pytest.raises(InputError):
-            read_edm_pickle(path)
-        assert not (tmp_path / "executed").exists()
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(HOSTILE[name])
+    for words in (["inspect", path], ["import", path, "--out", "out"]):
+        done = program("cm-weights", *words)
+        assert done.code == 2
+        assert len(done.err.strip().splitlines()) == 1, done.err
+        assert "Traceback" not in done.err
+    assert [p.name for p in tmp_path.iterdir()] == ["evil.pkl"]
 
 
 def test_storages_are_read_as_weights_only(tmp_path, monkeypatch):
