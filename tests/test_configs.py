@@ -15,7 +15,7 @@ from cm_lightning.cli import fit
 from tests.data.test_readers import write_idx
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def test_all_configs_are_collected():

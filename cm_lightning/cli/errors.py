@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from cm_lightning.cli.keys import find_path
 from cm_lightning.types import InputError
 
-__all__ = ["Parser", "fail", "readable_errors"]
+__all__ = ["CommandParser", "Parser", "fail", "readable_errors"]
 
 
 def fail(command: str, message: str, code: int = 2) -> NoReturn:
@@ -54,6 +55,14 @@ def about_input(error: BaseException) -> str | None:
             if line.strip().startswith("- ") and not reason.startswith("Expected a"):
                 return reason
     return None
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command without a config; its errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and exit with code 2."""
+        fail(self.prog.split()[0], message)
 
 
 class Parser(LightningArgumentParser):

@@ -135,7 +135,9 @@ class FitCLI(LightningCLI):
             resumed = None if self.plan.checkpoint is None else str(self.plan.checkpoint)
             wandb = partial(wandb_logger, self.config_init["wandb"], run_dir, self.plan.wandb_id)
             record = RunRecordCallback(self.plan.config_text, resumed, wandb)
-            kwargs["callbacks"] += [record, KimgProgress()]
+            kwargs["callbacks"].append(record)
+            if self.config["trainer"]["enable_progress_bar"] is not False:
+                kwargs["callbacks"].append(KimgProgress())
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from cm_lightning.cli.errors import fail, readable_errors
+from cm_lightning.cli.errors import CommandParser, readable_errors
 from cm_lightning.evaluation import image_grid, save_npz, save_png, to_uint8
 from cm_lightning.sampling import (
     GuidedDenoiser,
@@ -28,14 +27,9 @@ __all__ = ["main"]
 COMMAND = "cm-sample"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(COMMAND, message)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(
+    parser = CommandParser(
         prog=COMMAND,
         allow_abbrev=False,
         description="Draw images from a trained model. Without --grid or --npz every image "

@@ -7,10 +7,10 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from cm_lightning.callbacks.run_record import write_text
-from cm_lightning.cli.errors import fail, readable_errors
+from cm_lightning.cli.errors import CommandParser, readable_errors
 from cm_lightning.ema import power_exponent
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.weights import (
@@ -34,15 +34,10 @@ PUBLIC = (".pkl", ".pt", ".pth")
 """Endings of published files."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(COMMAND, message)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(prog=COMMAND, allow_abbrev=False, description=__doc__)
-    actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
+    parser = CommandParser(prog=COMMAND, allow_abbrev=False, description=__doc__)
+    actions = parser.add_subparsers(dest="action", required=True, parser_class=CommandParser)
     inspect = actions.add_parser("inspect", help="say what a file or folder holds")
     inspect.add_argument("source", help=".pkl, .pt, weights folder, run directory or .ckpt")
     bring = actions.add_parser("import", help="turn a published file into safe weights")

@@ -1,0 +1,131 @@
+"""cm-study: runs, continues, tunes on other seeds, tabulates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+
+from cm_lightning.cli.study import interval, option_words, read_study
+from tests.cli.conftest import DIGITS, ROOT, TINY
+
+METRIC = "fd_digits66/ema_0.9/nfe1"
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A study of four seconds-long arms, and its text to change."""
+    base = {
+        "config": "both.yaml",
+        "options": {"model.total_kimg": 0.064, "fid.every_kimg": None},
+        "seeds": [1, 2],
+        "tune": {
+            "key": "model.optimizer.init_args.lr",
+            "values": [1e-3, 1e-2],
+            "seeds": [7],
+            "metric": METRIC,
+        },
+        "arms": {
+            "ect": None,
+            "huber": {"options": {"model.distance": "PseudoHuber"}, "tuned_as": "ect"},
+        },
+        "compare": [["huber", "ect"]],
+    }
+    config = yaml.safe_load(open(DIGITS))
+    tiny = yaml.safe_load(open(TINY))
+    config["model"]["init_args"]["denoiser"]["init_args"]["backbone"]["init_args"] |= tiny["model"][
+        "init_args"
+    ]["denoiser"]["init_args"]["backbone"]["init_args"]
+    for key in ("ema", "fid", "samples", "diagnostics", "checkpoints"):
+        config[key] |= tiny[key]
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(config))
+
+    def write(**changes):
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump({**base, **changes}))
+        return path
+
+    return write
+
+
+def test_a_study_trains_tunes_continues_and_tabulates(study, program, tmp_path):
+    out = tmp_path / "out"
+    done = program("cm-study", study(), "--out", out)
+    assert done.code == 0, done.err
+    outcome = json.loads((out / "study.json").read_text())
+    lr = outcome["chosen"]["ect"]
+    assert outcome["chosen"]["huber"] == lr
+    tried = {
+        value: json.loads((out / "ect/tune" / value / "seed7/run.json").read_text())
+        for value in ("0.001", "0.01")
+    }
+    best = min(tried, key=lambda value: tried[value]["results"]["last"][METRIC])
+    assert float(best) == lr
+    assert [run["seed"] for run in tried.values()] == [7, 7]
+
+    # a run of the study is the run that cm-fit makes
+    alone = tmp_path / "alone"
+    words = ["--config", tmp_path / "both.yaml", "--run_dir", alone, "--seed_everything", 2]
+    words += ["--model.total_kimg", 0.064, "--fid.every_kimg", "null"]
+    words += ["--model.distance", "PseudoHuber", "--model.optimizer.init_args.lr", lr]
+    assert program("cm-fit", *words).code == 0
+    expected = json.loads((alone / "run.json").read_text())["results"]["last"][METRIC]
+    assert outcome["results"]["huber"][METRIC][1] == expected
+
+    pair = np.array([outcome["results"][arm][METRIC] for arm in ("ect", "huber")])
+    mean, width = interval(pair[1] - pair[0])
+    assert f"{mean:+.3f} ± {width:.3f}" in (out / "study.md").read_text()
+
+    kept = (out / "ect/seed1/run.json").stat().st_mtime_ns
+    shutil.rmtree(out / "huber/seed2")
+    again = program("cm-study", tmp_path / "study.yaml", "--out", out)
+    assert json.loads((out / "study.json").read_text()) == outcome
+    assert (out / "ect/seed1/run.json").stat().st_mtime_ns == kept
+    assert again.out.count("...") == 1
+    assert "[6/6] huber/seed2" in again.out
+
+
+def test_interval_is_students():
+    mean, width = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3
+    assert width == pytest.approx(2.776445 * np.sqrt(2.5 / 5), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [1]}, "seeds must be two or more"),
+        ({"seeds": [1, 7]}, "tune.seeds and seeds share [7]"),
+        ({"compare": [["huber", "sct"]]}, "names 'sct', but its arms are ect, huber"),
+        ({"arms": {"a": {"optoins": {}}}}, "knows no 'optoins'"),
+        ({"arms": {"a": {"config": "none.yaml"}}}, "arms.a has no config file (none.yaml)"),
+        ({"tune": {"key": "x"}}, "tune lacks"),
+    ],
+)
+def test_mistakes_in_the_file(study, program, tmp_path, changes, message):
+    done = program("cm-study", study(**changes), "--out", tmp_path / "out")
+    assert done.code == 2
+    assert message in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failing_run_stops_the_study_with_its_message(study, program, tmp_path):
+    path = study(options={"model.total_kimg": -1})
+    done = program("cm-study", path, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "total_kimg" in done.err
+    assert "ect/tune/0.001/seed7 failed" in done.err
+    assert "The arms" not in program("cm-study", path, "--only", "none").out
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_options_of_published_studies_are_known(path, program):
+    for name, arm in read_study(path).arms.items():
+        words = option_words(arm.options)
+        done = program("cm-fit", "--config", arm.config, *words, "--print_config")
+        assert done.code == 0, (name, done.err)
