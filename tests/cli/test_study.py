@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,8 +35,8 @@ def study(tmp_path):
         },
         "compare": [["huber", "ect"]],
     }
-    config = yaml.safe_load(open(DIGITS))
-    tiny = yaml.safe_load(open(TINY))
+    config = yaml.safe_load(Path(DIGITS).read_text())
+    tiny = yaml.safe_load(Path(TINY).read_text())
     config["model"]["init_args"]["denoiser"]["init_args"]["backbone"]["init_args"] |= tiny["model"][
         "init_args"
     ]["denoiser"]["init_args"]["backbone"]["init_args"]
