@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cm_lightning.types import InputError
 
-__all__ = ["check_edges", "karras_sigmas", "phase_edges"]
+__all__ = ["check_edges", "karras_sigmas", "phase_edges", "segments"]
 
 
 def karras_sigmas(
@@ -77,6 +77,22 @@ def phase_edges(
         raise InputError(f"phases must be 1 or more, got {phases}.")
     levels = karras_sigmas(phases + 1, sigma_min, sigma_max, rho).flip(0).tolist()
     return (0.0, *levels[1:])
+
+
+_ABOVE = 1e-4
+"""Levels this little (relatively) above an edge belong to the segment below it, where the model is
+asked in sampling; so the step of a pair never becomes too small for fp32."""
+
+
+def segments(sigma: Tensor, edges: Sequence[float]) -> Tensor:
+    """Index m of the segment (e_m, e_{m+1}] of each level; levels outside go to the end segments.
+
+    Args:
+        sigma: Noise levels, ``(B,)``.
+        edges: Increasing edges, two or more.
+    """
+    inner = torch.tensor(edges[1:-1], dtype=torch.float64, device=sigma.device)
+    return torch.bucketize(sigma.double() / (1 + _ABOVE), inner)
 
 
 def check_edges(edges: Sequence[float]) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 
 from cm_lightning.callbacks.step import StepCallback, check_interval, due, log_metrics
+from cm_lightning.evaluation import diagnostics_figure, read_metrics, save_figure
 from cm_lightning.loggers import KimgWandbLogger
-from cm_lightning.types import InputError, LossOutput
+from cm_lightning.objective import ReferenceMean
+from cm_lightning.types import Batch, InputError, LossOutput, expand
 
 __all__ = ["DiagnosticsCallback"]
 
@@ -31,6 +35,11 @@ class DiagnosticsCallback(StepCallback):
     ``speed/images_per_second`` and ``memory/peak_gb`` (of the device, or of the process on CPU).
     Regimes may add values per bin: SCT the effective sample size of its weights (``ess``), the
     ``largest_weight``, the share of ``skipped`` rows and the ``discrepancy`` of target and sample.
+    Once per window ``exact_rows`` images of the last batch are noised to levels spread over the
+    bins, and the regime's estimate of E[x0 | x_t] is compared with the exact one of the training
+    set (of the class): ``target_variance`` is its mean squared error per pixel (its variance,
+    where the estimate is unbiased), ``sample_variance`` that of the image itself, CT's and ECT's.
+    At the end of the run everything per bin is drawn into ``diagnostics.png``.
     W&B also gets a histogram of the per-image loss, ``loss_histogram`` over log10.
     Sums stay on the device until a window ends and are stored in checkpoints, so a resumed run
     logs what an uninterrupted one does (speed and memory apart).
@@ -38,6 +47,9 @@ class DiagnosticsCallback(StepCallback):
     Args:
         every_kimg: Length of a window in thousands of images.
         edges: Increasing bin edges of the noise level; values outside go to the end bins.
+        exact_rows: Images per window (over all devices) on which the target's variance is
+            measured, 0 for none. It is left out for unconditional data beyond 2 GiB.
+        picture: Whether to draw ``diagnostics.png``.
 
     Raises:
         InputError: If an argument is outside its range.
@@ -47,12 +59,18 @@ class DiagnosticsCallback(StepCallback):
         self,
         every_kimg: float = 50.0,
         edges: Sequence[float] = (0.1, 0.5, 2.0, 10.0),
+        exact_rows: int = 64,
+        picture: bool = True,
     ) -> None:
         check_interval("diagnostics", every_kimg)
+        if exact_rows < 0:
+            raise InputError(f"diagnostics.exact_rows must be 0 or more, got {exact_rows}.")
         if list(edges) != sorted(set(edges)) or not edges:
             raise InputError(f"diagnostics.edges must increase, got {list(edges)}.")
         self.every_kimg = every_kimg
         self.edges = list(edges)
+        self.exact_rows = exact_rows
+        self.picture = picture
         self.latest: dict[str, float] = {}
         """Values of the last full window."""
         self._sums: Tensor | None = None
@@ -61,6 +79,7 @@ class DiagnosticsCallback(StepCallback):
         self._edges = torch.tensor(self.edges, dtype=torch.float64)
         self._clock = 0.0
         self._counted = 0
+        self._batch: Batch | None = None
 
     @property
     def bins(self) -> list[str]:
@@ -77,6 +96,14 @@ class DiagnosticsCallback(StepCallback):
         self._histogram = self._histogram.to(pl_module.device)
         self._edges = torch.tensor(self.edges, dtype=torch.float64, device=pl_module.device)
         self._clock, self._counted = time.perf_counter(), pl_module.nimg
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the batch in reach of :meth:`on_step`."""
+        self._batch = batch
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._batch = None
 
     def on_micro_batch(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
         """Add a micro-batch: per bin, and in the last row gradient norm and its count."""
@@ -133,6 +160,7 @@ class DiagnosticsCallback(StepCallback):
             for name, count, value in zip(self.bins, counts, means, strict=True):
                 if count:
                     metrics[f"{note}/{name}"] = float(value / count)
+        metrics |= self._target_variance(trainer, pl_module)
         now = time.perf_counter()
         images = pl_module.nimg - self._counted
         metrics["speed/images_per_second"] = images / max(now - self._clock, 1e-9)
@@ -145,6 +173,56 @@ class DiagnosticsCallback(StepCallback):
             if isinstance(logger, KimgWandbLogger):
                 logger.log_histogram("loss_histogram", histogram.tolist(), edges, pl_module.nimg)
 
+    def _target_variance(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
+        """Errors of the estimate of E[x0 | x_t] and of x0 against the exact one, by bin."""
+        posterior = getattr(getattr(pl_module, "objective", None), "solver", None)
+        posterior = getattr(posterior, "posterior", None)
+        n = -(-self.exact_rows // trainer.world_size)
+        if posterior is None or self._batch is None or not n:
+            return {}
+        batch = pl_module.complete(self._batch)._replace(notes=None)
+        everything = trainer.datamodule.all_references(batch)  # type: ignore[attr-defined]
+        if everything is None:
+            return {}
+        words = (pl_module.seed, pl_module.nimg, trainer.global_rank, 3)
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence(words).generate_state(1)[0])
+        )
+        batch = first_rows(batch, n)
+        n = len(batch.x0)
+        bins = torch.arange(n) % len(self.bins)
+        limits = [self.edges[0] / 5, *self.edges, self.edges[-1] * 5]
+        logs = torch.tensor(limits, dtype=torch.float64).log()
+        u = torch.rand(n, dtype=torch.float64, generator=generator)
+        t = (logs[bins] + u * (logs[bins + 1] - logs[bins])).exp().to(batch.x0.device)
+        z = torch.randn(batch.x0.shape, generator=generator).to(batch.x0)
+        x_t = batch.x0 + expand(t, batch.x0) * z
+        with torch.no_grad():
+            exact = ReferenceMean(skip=None)(x_t, t, batch._replace(references=everything))
+            errors = [
+                (mean - exact).flatten(1).square().mean(1).double()
+                for mean in (posterior(x_t, t, batch), batch.x0)
+            ]
+        sums = torch.zeros(len(self.bins), 3, dtype=torch.float64, device=t.device)
+        values = torch.stack([torch.ones_like(t), *errors], 1)
+        sums.index_add_(0, bins.to(t.device), values)
+        counts, target, sample = trainer.strategy.reduce(sums, reduce_op="sum").cpu().T
+        found = {}
+        for name, count, a, b in zip(self.bins, counts, target, sample, strict=True):
+            if count:
+                found[f"target_variance/{name}"] = float(a / count)
+                found[f"sample_variance/{name}"] = float(b / count)
+        return found
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Draw ``diagnostics.png``."""
+        path = Path(trainer.default_root_dir) / "metrics.csv"
+        if not self.picture or not trainer.is_global_zero or not trainer.loggers:
+            return
+        figure = diagnostics_figure(read_metrics(path), path.parent.name)
+        if figure is not None:
+            save_figure(figure, path.with_name("diagnostics.png"))
+
     def state_dict(self) -> dict[str, Any]:
         """Sums of the window under way."""
         return {"sums": self._sums, "histogram": self._histogram, "notes": self._notes}
@@ -153,6 +231,15 @@ class DiagnosticsCallback(StepCallback):
         """Continue the window under way."""
         self._sums, self._histogram = state_dict["sums"], state_dict["histogram"]
         self._notes = dict(state_dict["notes"])
+
+
+def first_rows(batch: Batch, n: int) -> Batch:
+    """The first ``n`` rows of a batch, with all its references."""
+    references = batch.references
+    if references is not None and references.nearest is not None:
+        references = references._replace(nearest=references.nearest[:n])
+    labels = None if batch.labels is None else batch.labels[:n]
+    return Batch(batch.x0[:n], labels, batch.index[:n], references)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -11,7 +11,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cm_lightning.data.readers import Source
-from cm_lightning.data.references import ReferenceBank, ReferenceSet, nearest_distances
+from cm_lightning.data.references import (
+    WHOLE,
+    ReferenceBank,
+    ReferenceSet,
+    nearest_distances,
+)
 from cm_lightning.data.sampler import Rows, StepSampler
 from cm_lightning.data.store import (
     ImageStore,
@@ -21,7 +26,7 @@ from cm_lightning.data.store import (
     to_float,
     write_store,
 )
-from cm_lightning.types import Batch, InputError
+from cm_lightning.types import Batch, InputError, References
 
 __all__ = ["BatchPlan", "ImageDataModule", "RawBatch"]
 
@@ -135,6 +140,7 @@ class ImageDataModule(L.LightningDataModule):
         self._store: ImageStore | None = None
         self._resident: Tensor | None = None
         self._bank: ReferenceBank | None = None
+        self._everything: ReferenceBank | None = None
         self._nearest: Tensor | None = None
         self._trial = False
 
@@ -235,6 +241,23 @@ class ImageDataModule(L.LightningDataModule):
             self._nearest = nearest_distances(
                 self.store, conditional, self.flip, device, keep=not self._trial
             )
+
+    def all_references(self, batch: Batch) -> References | None:
+        """Every image of a batch's classes, for exact posterior means.
+
+        Args:
+            batch: A batch of this module.
+
+        Returns:
+            The references, ``None`` where there are too many of them to hold at once.
+        """
+        conditional = bool(self.num_classes)
+        if not conditional and self.store.images.nbytes * (1 + self.flip) > WHOLE:
+            return None
+        if self._everything is None:
+            spec = ReferenceSet()
+            self._everything = ReferenceBank(self.store, spec, conditional, self.flip, self.seed)
+        return self._everything(batch.labels, 0, batch.x0.device, self._resident)
 
     def train_dataloader(self) -> DataLoader[RawBatch]:
         """Endless micro-batches of this rank, starting at the module's count of images.

@@ -18,9 +18,9 @@ from torch import Tensor
 from cm_lightning.data.store import ImageStore, to_float
 from cm_lightning.types import InputError, References
 
-__all__ = ["ReferenceBank", "ReferenceSet", "nearest_distances"]
+__all__ = ["WHOLE", "ReferenceBank", "ReferenceSet", "nearest_distances"]
 
-_WHOLE = 1 << 31
+WHOLE = 1 << 31
 """Bytes up to which all classes stay on the device together; beyond, classes are fetched."""
 
 
@@ -108,7 +108,7 @@ class ReferenceBank:
             images: All images of the store on that device, if they are there already.
         """
         n = self.spec.n
-        if n is None and (self.members is None or self.store.images.nbytes <= _WHOLE):
+        if n is None and (self.members is None or self.store.images.nbytes <= WHOLE):
             if self._whole is None or self._whole.images.device != device:
                 self._whole = self._take(np.arange(self.size), device, images)
             return self._whole

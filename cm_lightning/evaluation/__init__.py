@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from cm_lightning.evaluation.digits import DigitsFeatures
 from cm_lightning.evaluation.features import FeatureExtractor, Inception, Timm
+from cm_lightning.evaluation.figures import (
+    diagnostics_figure,
+    read_metrics,
+    save_figure,
+    schedules_figure,
+)
 from cm_lightning.evaluation.images import (
     count_nonfinite,
     image_grid,
@@ -21,10 +27,14 @@ __all__ = [
     "Statistics",
     "Timm",
     "count_nonfinite",
+    "diagnostics_figure",
     "image_grid",
     "load_statistics",
+    "read_metrics",
     "reference_statistics",
+    "save_figure",
     "save_npz",
     "save_png",
+    "schedules_figure",
     "to_uint8",
 ]

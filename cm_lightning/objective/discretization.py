@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from cm_lightning.sigmas import karras_sigmas
+from cm_lightning.sigmas import karras_sigmas, segments
 from cm_lightning.types import InputError
 
 __all__ = [
@@ -54,13 +55,40 @@ class LogNormal:
         normal = torch.randn(n, device=device, generator=generator, dtype=torch.float64)
         return (self.p_mean + self.p_std * normal).exp()
 
+    def sample_segments(
+        self, n: int, edges: Sequence[float], device: torch.device, generator: torch.Generator
+    ) -> Tensor:
+        """Draw ``n`` levels that fall into every segment equally often, ``(n,)`` float64.
+
+        Args:
+            n: Number of levels.
+            edges: Increasing edges; the end segments reach to 0 and to infinity.
+            device: Where to draw.
+            generator: Source of randomness on that device.
+        """
+        inner = torch.tensor(edges[1:-1], dtype=torch.float64, device=device).log()
+        below = torch.special.ndtr((inner - self.p_mean) / self.p_std)
+        below = torch.cat([below.new_zeros(1), below, below.new_ones(1)])
+        place = torch.rand(n, device=device, generator=generator, dtype=torch.float64)
+        place *= len(below) - 1
+        segment = place.long().clamp_max(len(below) - 2)
+        mass = below[segment] + (place - segment) * below.diff()[segment]
+        normal: Tensor = torch.special.ndtri(mass.clamp(1e-15, 1 - 1e-15))
+        levels: Tensor = (self.p_mean + self.p_std * normal).exp()
+        return levels
+
 
 class Discretization(ABC):
     """Law of the pair (t, r) of noise levels that an objective compares."""
 
     @abstractmethod
     def sample(
-        self, n: int, nimg: int, device: torch.device, generator: torch.Generator
+        self,
+        n: int,
+        nimg: int,
+        device: torch.device,
+        generator: torch.Generator,
+        edges: Sequence[float] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw ``n`` pairs.
 
@@ -69,6 +97,8 @@ class Discretization(ABC):
             nimg: Images seen so far, by all ranks.
             device: Where to draw.
             generator: Source of randomness on that device.
+            edges: Edges of segments that t shall fall into equally often, following its law within
+                each; ``None`` for the law itself.
 
         Returns:
             ``(t, r)``, each ``(n,)`` float64, ``0 <= r < t``.
@@ -158,10 +188,19 @@ class ECTMapping(Discretization):
         return (t * (1 - gap)).clamp_min(0)
 
     def sample(
-        self, n: int, nimg: int, device: torch.device, generator: torch.Generator
+        self,
+        n: int,
+        nimg: int,
+        device: torch.device,
+        generator: torch.Generator,
+        edges: Sequence[float] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw ``n`` pairs, each ``(n,)`` float64."""
-        t = LogNormal(self.p_mean, self.p_std).sample(n, device, generator)
+        law = LogNormal(self.p_mean, self.p_std)
+        if edges is None:
+            t = law.sample(n, device, generator)
+        else:
+            t = law.sample_segments(n, edges, device, generator)
         return t, self.r(t, self.progress(nimg))
 
 
@@ -214,11 +253,22 @@ class Grid(Discretization):
         return mass / mass.sum()
 
     def sample(
-        self, n: int, nimg: int, device: torch.device, generator: torch.Generator
+        self,
+        n: int,
+        nimg: int,
+        device: torch.device,
+        generator: torch.Generator,
+        edges: Sequence[float] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw ``n`` pairs of neighbours, each ``(n,)`` float64."""
         levels = self.levels(nimg, device)
-        below = self.probabilities(nimg, device).cumsum(0)
+        probabilities = self.probabilities(nimg, device)
+        if edges is not None:
+            segment = segments(levels[1:], edges)
+            mass = torch.zeros(len(edges) - 1, dtype=torch.float64, device=device)
+            mass.index_add_(0, segment, probabilities)
+            probabilities = probabilities / mass[segment] / (mass > 0).sum()
+        below = probabilities.cumsum(0)
         u = torch.rand(n, device=device, generator=generator, dtype=torch.float64)
         index = torch.searchsorted(below, u, right=True).clamp_max(len(levels) - 2)
         return levels[index + 1], levels[index]

@@ -179,7 +179,13 @@ class Objective:
         """
         n = len(batch.x0)
         generator = draw.generator()
-        t, r = self.discretization.sample(draw.total, draw.nimg, draw.device, generator)
+        t, r = self.discretization.sample(
+            draw.total,
+            draw.nimg,
+            draw.device,
+            generator,
+            None if self.phases is None or not self.phases.uniform else self.phases.edges,
+        )
         t, r = draw.rows(t, n), draw.rows(r, n)
         z = draw.normal(batch.x0, generator)
         u = torch.rand(draw.total, device=draw.device, dtype=torch.float64, generator=generator)

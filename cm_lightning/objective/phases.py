@@ -8,14 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cm_lightning.sigmas import check_edges
+from cm_lightning.sigmas import check_edges, segments
 from cm_lightning.types import expand
 
 __all__ = ["Phases", "jump"]
-
-_ABOVE = 1e-4
-"""Levels this little (relatively) above an edge belong to the segment below it, where the model is
-asked in sampling; so the step of a pair never becomes too small for fp32."""
 
 
 def jump(denoised: Tensor, x: Tensor, sigma: Tensor, end: Tensor) -> Tensor:
@@ -47,6 +43,8 @@ class Phases:
         edges: Increasing levels from 0 to the largest level of sampling.
         normalize: Divide the difference of the two ends by :math:`1 - s/t`, the factor with which
             the network's error enters it.
+        uniform: Draw every segment equally often and t within it; otherwise t keeps its law, under
+            which four segments get 37, 48, 13 and 2 % of the pairs.
 
     Raises:
         InputError: If the edges do not start at 0 and increase.
@@ -54,6 +52,7 @@ class Phases:
 
     edges: Sequence[float]
     normalize: bool = False
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         check_edges(self.edges)
@@ -61,5 +60,4 @@ class Phases:
     def end(self, t: Tensor) -> Tensor:
         """Lower edge s of the segment of each level, ``(B,)`` float64."""
         edges = torch.tensor(self.edges, dtype=torch.float64, device=t.device)
-        segment = torch.bucketize(t.double() / (1 + _ABOVE), edges) - 1
-        return edges[segment.clamp(0, len(self.edges) - 2)]
+        return edges[segments(t, self.edges)]

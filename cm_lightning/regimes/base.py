@@ -168,8 +168,16 @@ class ConsistencyModule(L.LightningModule):
     def objective_loss(self, batch: Batch, draw: Draw) -> LossOutput:
         """The objective's loss with this run's networks: what most regimes return."""
         return self.objective(
-            self.denoiser, self.network("target"), batch, draw, self.network("endpoint")
+            self.denoiser,
+            self.network("target"),
+            self.complete(batch),
+            draw,
+            self.network("endpoint"),
         )
+
+    def complete(self, batch: Batch) -> Batch:
+        """A batch with all that the objective's leaves need; regimes may add to it."""
+        return batch
 
     @abstractmethod
     def loss(self, batch: Batch, draw: Draw) -> LossOutput:

@@ -106,9 +106,13 @@ class SCT(ConsistencyModule):
 
     def loss(self, batch: Batch, draw: Draw) -> LossOutput:
         """Loss of each image, ``(B,)``."""
+        return self.objective_loss(batch, draw)
+
+    def complete(self, batch: Batch) -> Batch:
+        """The batch, with itself as references if they come from there."""
         if self.references.source == "batch":
             batch = batch._replace(references=self._from_batch(batch))
-        return self.objective_loss(batch, draw)
+        return batch
 
     def _from_batch(self, batch: Batch) -> References:
         """The batch as its own references, of all devices if asked."""

@@ -58,7 +58,7 @@ class OnChain(ECTMapping):
 
     levels: tuple[float, ...] = ()
 
-    def sample(self, n, nimg, device, generator):
+    def sample(self, n, nimg, device, generator, edges=None):
         number = torch.randint(len(self.levels), (n,), generator=generator)
         t = torch.tensor(self.levels, dtype=torch.float64)[number]
         return t, self.r(t, self.stage(nimg))

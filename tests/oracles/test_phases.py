@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from cm_lightning.objective import (
+    DoublingGrid,
+    Draw,
     ECTMapping,
     Euler,
     Independent,
@@ -43,6 +47,60 @@ def test_an_edge_belongs_to_the_segment_below():
     phases = Phases((0, 1, 4, 80))
     t = torch.tensor([1e-3, 1.0, 1.00001, 1.01, 4.0, 5.0, 80.0, 200.0], dtype=torch.float64)
     assert phases.end(t).tolist() == [0, 0, 0, 1, 1, 4, 4, 4]
+
+
+@pytest.mark.parametrize("phases", [1, 2, 4])
+def test_uniform_phases_are_equally_frequent_and_keep_the_law_within(phases):
+    edges, n = phase_edges(phases), 400_000
+    mapping = ECTMapping()
+    generator = torch.Generator().manual_seed(0)
+    device = torch.device("cpu")
+    t, r = mapping.sample(n, 9_000_000, device, generator, edges)
+    assert torch.equal(r, mapping.r(t, 2))
+    plain, _ = mapping.sample(n, 0, device, generator)
+    for low, high in pairwise((0.0, *edges[1:-1], torch.inf)):
+        mine = t[(t > low) & (t <= high)]
+        assert len(mine) / n == pytest.approx(1 / phases, abs=4e-3)
+        theirs = plain[(plain > low) & (plain <= high)]
+        for q in (0.1, 0.5, 0.9):
+            expected = float(theirs.log().quantile(q))
+            assert float(mine.log().quantile(q)) == pytest.approx(expected, abs=0.06)
+
+
+def test_uniform_phases_on_a_grid():
+    edges, grid = phase_edges(4), DoublingGrid(total_kimg=8)
+    levels, law = grid.levels(0)[1:], grid.probabilities(0)
+    generator = torch.Generator().manual_seed(0)
+    t, r = grid.sample(400_000, 0, torch.device("cpu"), generator, edges)
+    counts = torch.stack([(t == level).sum() for level in levels]) / len(t)
+    end = Phases(edges).end(levels)
+    for low in edges[:-1]:
+        inside = end == low
+        assert float(counts[inside].sum()) == pytest.approx(0.25, abs=3e-3)
+        share = counts[inside] / counts[inside].sum()
+        torch.testing.assert_close(
+            share.double(), law[inside] / law[inside].sum(), atol=4e-3, rtol=0
+        )
+    assert bool((r < t).all())
+
+
+def test_the_objective_draws_phases_as_asked():
+    batch, *_ = setting()
+    seen = []
+    net = FunctionDenoiser(lambda x, s: seen.append(s.double()) or x)
+    for uniform in (False, True):
+        phases = Phases(phase_edges(4), uniform=uniform)
+        objective = Objective(
+            ECTMapping(), Independent(), Euler(SampleMean()), SquaredL2(), Uniform(), phases
+        )
+        output = objective(net, net, batch, Draw(0, 0, 0, 8, torch.device("cpu")))
+        seen.append(output.t)
+    plain, drawn = seen[2], seen[5]
+    expected, _ = ECTMapping().sample(
+        8, 0, torch.device("cpu"), Draw(0, 0, 0, 8, torch.device("cpu")).generator(), phase_edges(4)
+    )
+    assert torch.equal(drawn, expected)
+    assert not torch.equal(plain, drawn)
 
 
 def setting(dtype=torch.float64):

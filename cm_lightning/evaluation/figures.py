@@ -1,0 +1,163 @@
+"""Figures of a run: its diagnostics, and the law of the pairs it trains on."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cm_lightning.objective import Discretization
+from cm_lightning.types import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["PANELS", "diagnostics_figure", "read_metrics", "save_figure", "schedules_figure"]
+
+PANELS = {
+    "loss_by_sigma": ("loss", "log"),
+    "distance_by_sigma": ("distance of the pair", "log"),
+    "target_variance": ("variance of the target, per pixel", "log"),
+    "sample_variance": ("the same of one sample (CT, ECT)", "log"),
+    "discrepancy": ("R = |mean - x0|² / (D t²)", "log"),
+    "ess": ("effective sample size of the references", "log"),
+    "largest_weight": ("largest weight of a reference", "linear"),
+    "skipped": ("share of rows the skip rule keeps", "linear"),
+}
+"""Families of metrics with one value per noise-level bin: title and scale of the axis."""
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Rows of a ``metrics.csv``, empty cells left out.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: If it is not there or not such a file.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return [
+            {key: float(value) for key, value in row.items() if value not in ("", None)}
+            for row in rows
+        ]
+    except FileNotFoundError as error:
+        raise InputError(f"There is no {path}.") from error
+    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+        raise InputError(f"{path} is not a metrics.csv of a run.") from error
+
+
+def diagnostics_figure(rows: list[dict[str, float]], title: str = "") -> Figure | None:
+    """One panel per family of :data:`PANELS` that was logged, one line per noise-level bin.
+
+    Args:
+        rows: Rows of ``metrics.csv``.
+        title: Title of the figure.
+
+    Returns:
+        The figure, or ``None`` if no family was logged.
+    """
+    families = {
+        name: list(dict.fromkeys(key for row in rows for key in row if key.startswith(f"{name}/")))
+        for name in PANELS
+    }
+    families = {name: keys for name, keys in families.items() if keys}
+    if not families:
+        return None
+    columns = min(len(families), 4)
+    lines = -(-len(families) // columns)
+    figure, axes = _figure(lines, columns)
+    for (name, keys), axis in zip(families.items(), axes, strict=False):
+        for number, key in enumerate(keys):
+            points = [(row["kimg"], row[key]) for row in rows if key in row]
+            label = key.partition("/")[2].replace("_", " ")
+            axis.plot(*zip(*points, strict=True), color=_colour(number, len(keys)), label=label)
+        text, scale = PANELS[name]
+        axis.set_title(text, fontsize=9)
+        axis.set_xlabel("kimg")
+        values = [row[key] for row in rows for key in keys if key in row]
+        if scale == "log" and all(value >= 0 for value in values) and any(values):
+            axis.set_yscale("log", nonpositive="clip")
+        axis.grid(alpha=0.3)
+    for axis in axes[len(families) :]:
+        axis.set_axis_off()
+    axes[0].legend(title="noise level t", fontsize=7, title_fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def schedules_figure(
+    schedules: Mapping[str, Discretization], total_kimg: float, n: int = 2048
+) -> Figure:
+    """How the gap between t and r closes: over the run, and over noise levels at its quarters.
+
+    Args:
+        schedules: Discretizations by the name in the legend.
+        total_kimg: Length of the run in thousands of images, > 0.
+        n: Pairs drawn for each point.
+
+    Raises:
+        InputError: If ``total_kimg`` is not positive.
+    """
+    if not total_kimg > 0:
+        raise InputError(f"schedules_figure: total_kimg must be positive, got {total_kimg}.")
+    figure, axes = _figure(1, 1 + len(schedules))
+    device = torch.device("cpu")
+    for name, schedule in schedules.items():
+        law = schedule.spanning(total_kimg)
+        clock = torch.linspace(0, 1000 * total_kimg, 257).round().long().tolist()
+        medians = []
+        for nimg in clock:
+            t, r = law.sample(n, nimg, device, torch.Generator().manual_seed(0))
+            medians.append(float((1 - r / t).median()))
+        axes[0].plot([nimg / 1000 for nimg in clock], medians, label=name)
+    axes[0].set_title("median of (t − r) / t", fontsize=9)
+    axes[0].set_xlabel("kimg")
+    axes[0].set_yscale("log")
+    axes[0].legend(fontsize=7)
+    axes[0].grid(alpha=0.3)
+    for axis, (name, schedule) in zip(axes[1:], schedules.items(), strict=True):
+        law = schedule.spanning(total_kimg)
+        for number, share in enumerate((0.0, 0.25, 0.5, 0.75, 0.9999)):
+            nimg = int(1000 * total_kimg * share)
+            t, r = law.sample(n, nimg, device, torch.Generator().manual_seed(0))
+            order = t.argsort()
+            gap = (1 - r / t)[order]
+            axis.plot(t[order], gap, color=_colour(number, 5), label=f"{nimg / 1000:g} kimg")
+        axis.set_title(f"(t − r) / t over t: {name}", fontsize=9)
+        axis.set_xlabel("t")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG.
+
+    Args:
+        figure: The figure.
+        path: File to write; its folder is made.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, format="png")
+
+
+def _figure(lines: int, columns: int) -> tuple[Figure, list[Any]]:
+    """An empty figure without pyplot, which would keep it alive and look for a display."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.4 * columns, 2.7 * lines), layout="constrained")
+    return figure, list(figure.subplots(lines, columns, squeeze=False).flat)
+
+
+def _colour(number: int, count: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](number / max(count - 1, 1) * 0.9)
