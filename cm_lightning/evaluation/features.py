@@ -28,10 +28,12 @@ class FeatureExtractor(nn.Module, ABC):
     Attributes:
         metric: Name of the Frechet distance over these features in logs.
         preprocessing: What happens to the pixels before the network; part of the fingerprint.
+        has_logits: Whether it also classifies, for the Inception score.
     """
 
     metric: str
     preprocessing: str
+    has_logits: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,6 +57,10 @@ class FeatureExtractor(nn.Module, ABC):
     def extract(self, network: nn.Module, images: Tensor) -> Tensor:
         """Map uint8 images ``(B, C, H, W)`` to features ``(B, num_features)``."""
 
+    def extract_all(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features and, if the network classifies, logits ``(B, K)``."""
+        return self.extract(network, images), None
+
     def load(self) -> Self:
         """Read the weights, once.
 
@@ -72,15 +78,20 @@ class FeatureExtractor(nn.Module, ABC):
         tensors = self._loaded().state_dict()
         return hash_tensors(tensors, head=f"{self.name}\n{self.preprocessing}")
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Compute features.
+        """Compute features, see :meth:`outputs`."""
+        return self.outputs(images)[0]
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Compute features and logits.
 
         Args:
             images: Grey levels, shape ``(B, C, H, W)``, uint8.
 
         Returns:
-            Features, shape ``(B, num_features)``, float32 or float64.
+            Features, shape ``(B, num_features)``, float32 or float64; logits ``(B, K)`` or
+            ``None``.
 
         Raises:
             InputError: If the images have another type or shape, or the weights cannot be read.
@@ -92,7 +103,7 @@ class FeatureExtractor(nn.Module, ABC):
             )
         network = self._loaded().to(images.device)
         with torch.autocast(images.device.type, enabled=False), _full_float32():
-            return self.extract(network, images)
+            return self.extract_all(network, images)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode, whatever ``mode``."""
@@ -120,6 +131,7 @@ class Inception(FeatureExtractor):
     name = "inception-2015-12-05"
     num_features = 2048
     preprocessing = "tensorflow1-bilinear-299"
+    has_logits = True
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
@@ -135,7 +147,7 @@ class Inception(FeatureExtractor):
         file.seek(0)
         try:
             network: nn.Module = FeatureExtractorInceptionV3(
-                self.name, ["2048"], feature_extractor_weights_path=file
+                self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=file
             )
         except RuntimeError as error:
             raise _wrong_weights(path, "torch-fidelity's Inception-v3", error) from error
@@ -143,8 +155,12 @@ class Inception(FeatureExtractor):
 
     def extract(self, network: nn.Module, images: Tensor) -> Tensor:
         """Map uint8 images to features ``(B, 2048)``, float32."""
-        features: Tensor = network(_rgb(images))[0]
-        return features
+        return self.extract_all(network, images)[0]
+
+    def extract_all(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features, and the logits without bias that the Inception score takes, ``(B, 1008)``."""
+        features, logits = network(_rgb(images))
+        return features, logits
 
     def _path(self) -> Path:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL

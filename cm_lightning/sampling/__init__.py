@@ -3,9 +3,10 @@
 from cm_lightning.sampling.consistency import check_sigmas, image_noise, multistep, phased
 from cm_lightning.sampling.guidance import GuidedDenoiser
 from cm_lightning.sampling.numbered import draw_images, draw_labels, evaluating
-from cm_lightning.sampling.ode import heun
+from cm_lightning.sampling.ode import euler, heun
 from cm_lightning.sampling.samplers import (
     DEFAULT_SAMPLERS,
+    EulerSampler,
     HeunSampler,
     MultistepSampler,
     PhasedSampler,
@@ -15,6 +16,7 @@ from cm_lightning.sampling.samplers import (
 
 __all__ = [
     "DEFAULT_SAMPLERS",
+    "EulerSampler",
     "GuidedDenoiser",
     "HeunSampler",
     "MultistepSampler",
@@ -24,6 +26,7 @@ __all__ = [
     "check_sigmas",
     "draw_images",
     "draw_labels",
+    "euler",
     "evaluating",
     "heun",
     "image_noise",

@@ -9,7 +9,31 @@ from torch import Tensor
 
 from cm_lightning.types import Denoiser
 
-__all__ = ["heun"]
+__all__ = ["euler", "heun"]
+
+
+@torch.no_grad()
+def euler(
+    denoiser: Denoiser, noise: Tensor, sigmas: Tensor, labels: Tensor | None = None
+) -> Tensor:
+    r"""Deterministic first-order sampler (DDIM in this parametrisation), N network calls.
+
+    The state is float64.
+
+    Args:
+        denoiser: A diffusion model.
+        noise: Unit noise ``(B, C, H, W)``.
+        sigmas: N decreasing levels > 0; 0 is appended.
+        labels: Class indices ``(B,)`` or ``None``.
+
+    Returns:
+        Images ``(B, C, H, W)`` in the dtype of the noise.
+    """
+    grid = torch.cat([sigmas.double().cpu(), torch.zeros(1, dtype=torch.float64)])
+    x = noise.double() * grid[0]
+    for here, there in pairwise(grid):
+        x = x + (there - here) * _slope(denoiser, x, here, labels, noise.dtype)
+    return x.to(noise.dtype)
 
 
 @torch.no_grad()
@@ -30,9 +54,7 @@ def heun(denoiser: Denoiser, noise: Tensor, sigmas: Tensor, labels: Tensor | Non
     """
 
     def slope(x: Tensor, sigma: Tensor) -> Tensor:
-        level = torch.full((len(x),), float(sigma), device=x.device, dtype=noise.dtype)
-        clean: Tensor = denoiser(x.to(noise.dtype), level, labels)
-        return (x - clean.double()) / sigma
+        return _slope(denoiser, x, sigma, labels, noise.dtype)
 
     grid = torch.cat([sigmas.double().cpu(), torch.zeros(1, dtype=torch.float64)])
     x = noise.double() * grid[0]
@@ -41,3 +63,12 @@ def heun(denoiser: Denoiser, noise: Tensor, sigmas: Tensor, labels: Tensor | Non
         euler = x + (there - here) * d
         x = euler if there == 0 else x + (there - here) * (d + slope(euler, there)) / 2
     return x.to(noise.dtype)
+
+
+def _slope(
+    denoiser: Denoiser, x: Tensor, sigma: Tensor, labels: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """dx/dsigma of the probability-flow ODE, float64."""
+    level = torch.full((len(x),), float(sigma), device=x.device, dtype=dtype)
+    clean: Tensor = denoiser(x.to(dtype), level, labels)
+    return (x - clean.double()) / sigma

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cm_lightning.sampling.consistency import check_eta, check_sigmas, multistep, phased
-from cm_lightning.sampling.ode import heun
+from cm_lightning.sampling.ode import euler, heun
 from cm_lightning.sigmas import check_edges, karras_sigmas
 from cm_lightning.types import Denoiser, InputError
 
 __all__ = [
     "DEFAULT_SAMPLERS",
+    "EulerSampler",
     "HeunSampler",
     "MultistepSampler",
     "PhasedSampler",
@@ -76,6 +77,47 @@ class MultistepSampler(Sampler):
     def __call__(self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None) -> Tensor:
         """Draw images."""
         return multistep(denoiser, noise, self.sigmas, labels)
+
+
+@dataclass(frozen=True)
+class EulerSampler(Sampler):
+    """First-order deterministic sampler, see :func:`~cm_lightning.sampling.euler`.
+
+    Args:
+        steps: Number of noise levels N >= 2 and of network calls.
+        sigma_min: Last positive level.
+        sigma_max: First level.
+
+    Raises:
+        InputError: If an argument is outside its range.
+    """
+
+    steps: int = 18
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        karras_sigmas(self.steps, self.sigma_min, self.sigma_max)
+
+    @property
+    def nfe(self) -> int:
+        """One per level."""
+        return self.steps
+
+    @property
+    def noises(self) -> int:
+        """Only the initial noise."""
+        return 1
+
+    @property
+    def name(self) -> str:
+        """Such as ``euler_nfe18``."""
+        return f"euler_nfe{self.nfe}"
+
+    def __call__(self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """Draw images."""
+        sigmas = karras_sigmas(self.steps, self.sigma_min, self.sigma_max)
+        return euler(denoiser, noise[0], sigmas, labels)
 
 
 @dataclass(frozen=True)

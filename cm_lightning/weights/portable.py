@@ -23,6 +23,7 @@ __all__ = [
     "Loaded",
     "Pretrained",
     "build_denoiser",
+    "check_class_paths",
     "from_pretrained",
     "load_weights",
     "save_weights",
@@ -116,7 +117,7 @@ def build_denoiser(config: Mapping[str, Any], where: str) -> Denoiser:
 
     import cm_lightning.networks  # noqa: F401  (short class names resolve to imported classes)
 
-    _check_class_paths(config, where)
+    check_class_paths(config, where)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Denoiser, "denoiser", required=True)
     try:
@@ -128,18 +129,27 @@ def build_denoiser(config: Mapping[str, Any], where: str) -> Denoiser:
     return denoiser
 
 
-def _check_class_paths(node: Any, where: str) -> None:
+def check_class_paths(node: Any, where: str) -> None:
+    """Check that a config names classes of this package alone.
+
+    Args:
+        node: Any part of a config.
+        where: The file it comes from, for messages.
+
+    Raises:
+        InputError: If it names another one.
+    """
     if isinstance(node, Mapping):
         path = node.get("class_path")
         if isinstance(path, str) and "." in path and not path.startswith("cm_lightning."):
             raise InputError(
-                f"{where} names the class '{path}'; weights may only use cm_lightning's classes."
+                f"{where} names the class '{path}'; it may only use classes of cm_lightning."
             )
         for value in node.values():
-            _check_class_paths(value, where)
+            check_class_paths(value, where)
     elif isinstance(node, list):
         for value in node:
-            _check_class_paths(value, where)
+            check_class_paths(value, where)
 
 
 def save_weights(

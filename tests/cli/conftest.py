@@ -24,9 +24,15 @@ def program(monkeypatch, capsys):
     """``program("cm-fit", "--config", ...)`` runs as from a shell; returns code, stdout, stderr."""
 
     def run(name: str, *arguments: object) -> Done:
-        from cm_lightning.cli import fit, sample, study, weights
+        from cm_lightning.cli import evaluate, fit, sample, study, weights
 
-        programs = {"cm-fit": fit, "cm-sample": sample, "cm-study": study, "cm-weights": weights}
+        programs = {
+            "cm-eval": evaluate,
+            "cm-fit": fit,
+            "cm-sample": sample,
+            "cm-study": study,
+            "cm-weights": weights,
+        }
         main = programs[name].main
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         capsys.readouterr()

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from cm_lightning.sampling import (
+    EulerSampler,
     HeunSampler,
     MultistepSampler,
     check_samplers,
+    euler,
     heun,
     image_noise,
     multistep,
@@ -37,6 +39,36 @@ def test_heun_output_std(steps, std):
     """The sampler is linear in the noise, so the image of unit noise is the standard deviation."""
     out = heun(gaussian_denoiser(), ONE, karras_sigmas(steps))
     assert float(out) == pytest.approx(std, abs=6e-7)
+
+
+def test_euler_is_first_order_and_heun_second():
+    """On N(0, s^2) the exact image of unit noise is s sqrt(80^2 / (80^2 + s^2)) = 0.49999."""
+    errors = {
+        sampler: [
+            abs(float(sampler(gaussian_denoiser(), ONE, karras_sigmas(steps))) - 0.5)
+            for steps in (200, 400)
+        ]
+        for sampler in (euler, heun)
+    }
+    assert errors[euler][0] / errors[euler][1] == pytest.approx(2, abs=0.15)
+    assert errors[heun][0] / errors[heun][1] == pytest.approx(4, abs=0.6)
+    assert errors[heun][0] < errors[euler][0] / 20
+
+
+def test_euler_by_hand():
+    """Every step of DDIM towards a constant estimate lands on it."""
+    target = 0.3 * ONE
+    denoiser = FunctionDenoiser(lambda x, t: target + 0 * x)
+    assert float(euler(denoiser, ONE, karras_sigmas(5))) == pytest.approx(0.3, abs=1e-12)
+    linear = FunctionDenoiser(lambda x, t: 0.5 * x)  # slope x / (2 sigma)
+    out = euler(linear, ONE, torch.tensor([4.0, 2.0, 1.0]))
+    assert float(out) == pytest.approx(4 * (1 - 0.25) * (1 - 0.25) * 0.5, abs=1e-12)
+    calls = []
+    counting = FunctionDenoiser(lambda x, t: calls.append(t) or x * 0)
+    sampler = EulerSampler(7)
+    sampler(counting, ONE[None], None)
+    assert len(calls) == sampler.nfe == 7
+    assert sampler.name == "euler_nfe7"
 
 
 def test_heun_costs_two_calls_per_step_but_one():

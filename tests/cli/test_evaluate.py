@@ -1,0 +1,250 @@
+"""cm-eval: the callback's value, resuming, sweeps, guidance, several devices, mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from cm_lightning.cli import evaluate
+from tests.cli.conftest import ROOT, TINY, Done
+
+METRIC = "fd_digits66/ema_0.9/nfe"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short SCT run with snapshots, shared by the tests, which only read it."""
+    from cm_lightning.cli import fit
+
+    run = tmp_path_factory.mktemp("trained") / "run"
+    words = ["--config", ROOT / "configs" / "sct_digits.yaml", "--config", TINY]
+    words += ["--run_dir", run, "--ema.snapshots", "[0.5]"]
+    patch = pytest.MonkeyPatch()
+    patch.setenv("CM_HOME", str(run.parent / "home"))
+    patch.setattr(sys, "argv", ["cm-fit", *map(str, words)])
+    fit.main()
+    yield run
+    patch.undo()
+
+
+@pytest.fixture
+def run(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("CM_HOME", str(trained.parent / "home"))
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def results(out: Path) -> list[dict]:
+    return json.loads((out / "eval.json").read_text())["results"]
+
+
+def test_equals_the_value_of_training_and_adds_seeds(run, program):
+    done = program("cm-eval", run, "--n", 66, "--seeds", 0)
+    assert done.code == 0, done.err
+    last = json.loads((run / "run.json").read_text())["results"]["last"]
+    rows = results(run / "eval")
+    assert [row["nfe"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["fd"] == pytest.approx(last[f"{METRIC}{row['nfe']}"], rel=1e-6)
+    before = json.loads((run / "eval" / "eval.json").read_text())
+    assert program("cm-eval", run, "--n", 66, "--seeds", 0, 5).code == 0
+    after = results(run / "eval")
+    assert [row for row in after if row["seed"] == 0] == before["results"]
+    one, two = (row["fd"] for row in after if row["nfe"] == 1)
+    assert one != two
+    text = (run / "eval" / "eval.md").read_text()
+    assert f"{(one + two) / 2:.4g} ± {abs(one - two) / np.sqrt(2):.2g}" in text
+    assert "66 samples per seed" in text
+
+
+def test_a_killed_evaluation_continues(run, program, monkeypatch):
+    words = ["cm-eval", run, "--n", 66, "--seeds", 0, 1, "--sigmas", 80, "--out"]
+    assert program(*words, run / "whole").code == 0
+    real, count = evaluate.scores, []
+
+    def dies(*arguments):
+        count.append(1)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(evaluate, "scores", dies)
+    with pytest.raises(KeyboardInterrupt):
+        program(*words, run / "parts")
+    monkeypatch.setattr(evaluate, "scores", real)
+    assert len(results(run / "parts")) == 1
+    assert program(*words, run / "parts").code == 0
+    for a, b in zip(results(run / "whole"), results(run / "parts"), strict=True):
+        assert (a["fd"], a["seed"]) == (b["fd"], b["seed"])
+
+
+def test_phases_eta_guidance_and_diffusion_samplers(run, program):
+    words = ["cm-eval", run, "--n", 66, "--seeds", 0]
+    assert program(*words, "--phases", 4, "--eta", 1, 0.8, "--euler", 3, "--heun", 2).code == 0
+    guided = [*words, "--sigmas", 80, "--guidance", 1, 1.5, "--worse_ema", "ema_0.9@0.5"]
+    assert program(*guided).code == 0
+    rows = {(row["sampling"], row["guidance"]): row for row in results(run / "eval")}
+    assert len(rows) == 6
+    assert rows["phases 0 0.1698 2.515 17.53 80, eta 0.8", 1.0]["nfe"] == 4
+    assert rows["euler, 3 calls", 1.0]["nfe"] == rows["heun, 3 calls", 1.0]["nfe"] == 3
+    plain, strong = rows["sigmas 80", 1.0], rows["sigmas 80", 1.5]
+    assert (plain["nfe"], strong["nfe"]) == (1, 2)
+    assert plain["worse"] is None
+    assert len(strong["worse"]) == 64
+    assert plain["fd"] != strong["fd"]
+
+
+def test_a_sweep_of_the_middle_level_draws_its_curve(run, program):
+    done = program("cm-eval", run, "--n", 66, "--seeds", 0, "--mid", 0.2, 3.2, 3)
+    assert done.code == 0, done.err
+    assert [row["sampling"] for row in results(run / "eval")] == [
+        "sigmas 80 0.2",
+        "sigmas 80 0.8",
+        "sigmas 80 3.2",
+    ]
+    assert (run / "eval" / "mid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_samples_are_those_of_cm_sample(run, program, tmp_path):
+    words = ["--n", 66, "--sigmas", 80]
+    assert program("cm-eval", run, *words, "--seeds", 3, "--npz").code == 0
+    kept = np.load(run / "eval" / "ema_0.9-sigmas-80.npz")
+    labels = [str(label) for label in kept["arr_1"]]
+    words += ["--seed", 3, "--npz", "--out", tmp_path / "drawn", "--labels", *labels]
+    assert program("cm-sample", run, *words).code == 0
+    drawn = np.load(tmp_path / "drawn" / "samples.npz")
+    assert np.abs(kept["arr_0"].astype(int) - drawn["arr_0"]).max() <= 1
+
+
+def test_weights_without_a_run_need_a_config(run, program, tmp_path):
+    weights = run / "weights" / "ema_0.9"
+    done = program("cm-eval", weights, "--n", 66)
+    assert done.code == 2
+    assert "give --config" in done.err
+    words = ["--n", 66, "--seeds", 0, "--sigmas", 80, "--out", tmp_path / "out"]
+    assert program("cm-eval", weights, "--config", run / "config.yaml", *words).code == 0
+    assert program("cm-eval", run, *words[:-1], run / "eval").code == 0
+    assert results(tmp_path / "out")[0]["fd"] == results(run / "eval")[0]["fd"]
+
+
+def test_statistics_from_a_file(run, program, tmp_path):
+    from cm_lightning.cli.evaluate import read_against
+    from cm_lightning.evaluation import reference_statistics
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    against = read_against(config, "test")
+    against.data.prepare_data()
+    against.data.setup()
+    found = reference_statistics(
+        against.data.store.images, "", against.extractor, cache=None, device="cpu"
+    )
+    np.savez(tmp_path / "stats.npz", mu=found.mu, sigma=found.sigma)
+    (tmp_path / "eval.yaml").write_text(
+        yaml.safe_dump(
+            {"fid": {"features": "DigitsFeatures", "reference": str(tmp_path / "stats.npz")}}
+        )
+    )
+    words = ["--n", 66, "--seeds", 0, "--sigmas", 80]
+    done = program(
+        "cm-eval", run, "--config", tmp_path / "eval.yaml", *words, "--out", tmp_path / "a"
+    )
+    assert done.code == 0, done.err
+    assert program("cm-eval", run, *words, "--out", tmp_path / "b").code == 0
+    a, b = results(tmp_path / "a")[0], results(tmp_path / "b")[0]
+    # labels go 0, 1, 2, ... without data; pictures of a barely trained model show none of it
+    assert a["fd"] == pytest.approx(b["fd"], rel=1e-9)
+    done = program(
+        "cm-eval",
+        run,
+        "--config",
+        tmp_path / "eval.yaml",
+        *words,
+        "--scores",
+        "kid",
+        "--out",
+        tmp_path / "c",
+    )
+    assert "only their statistics" in done.err
+
+
+def test_two_processes_equal_one(run, tmp_path):
+    outs = []
+    for devices in (1, 2):
+        out = tmp_path / str(devices)
+        words = [
+            sys.executable,
+            "-m",
+            "cm_lightning.cli.evaluate",
+            run,
+            "--n",
+            "67",
+            "--seeds",
+            "0",
+        ]
+        words += ["--accelerator", "cpu", "--devices", str(devices), "--out", out, "--npz"]
+        done = subprocess.run(
+            words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Written to") == 1
+        outs.append(out)
+    for a, b in zip(*map(results, outs), strict=True):
+        assert a["fd"] == pytest.approx(b["fd"], rel=1e-6)
+    name = "ema_0.9-sigmas-80.npz"
+    one, two = (np.load(out / name)["arr_0"].astype(int) for out in outs)
+    assert len(one) == 67
+    assert np.abs(one - two).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--n", "1"], "at least 2 samples"),
+        (["--n", "0"], "--n must be 1 or more"),
+        (["--seeds", "0", "0"], "each once"),
+        (["--sigmas", "80", "90"], "decreas"),
+        (["--sigmas", "80", "--sigmas", "80"], "asked for twice"),
+        (["--mid", "3", "1", "4"], "0 < LOW < HIGH"),
+        (["--mid", "3", "x", "4"], "two levels and a number"),
+        (["--phases", "4", "--eta", "1.5"], "(0, 1]"),
+        (["--phases", "0", "3", "2"], "increase"),
+        (["--eta", "0.5"], "--eta belongs to --phases"),
+        (["--ema", "ema_9"], "no EMA profile 'ema_9'"),
+        (["--worse_ema", "ema_0.9@0.5"], "belong to --guidance"),
+        (["--guidance", "2", "--worse_ema", "ema_0.9@0.25"], "no EMA profile 'ema_0.9@0.25'"),
+        (["--guidance", "2"], "label_dropout"),
+        (["--scores", "fid"], "'fid' is unknown"),
+        (["--scores", "kid"], "subsets of 1000"),
+        (["--config", "none.yaml"], "cannot be read as YAML"),
+    ],
+)
+def test_mistakes(run, program, words, message):
+    done: Done = program("cm-eval", run, "--n", "66", *words)
+    assert done.code == 2
+    assert message in done.err
+    assert done.err.count("\n") == 1
+    assert not (run / "eval" / "eval.json").exists()
+
+
+def test_results_of_something_else_are_not_mixed(run, program):
+    assert program("cm-eval", run, "--n", 66, "--seeds", 0, "--sigmas", 80).code == 0
+    done = program("cm-eval", run, "--n", 67, "--seeds", 0, "--sigmas", 80)
+    assert done.code == 2
+    assert "measured with another n (66, now 67): choose another --out" in done.err
+
+
+def test_classes_of_other_packages_are_refused(run, program):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["fid"]["features"] = {"class_path": "subprocess.Popen", "init_args": {"args": "ls"}}
+    (run / "evil.yaml").write_text(yaml.safe_dump(config))
+    done = program("cm-eval", run, "--config", run / "evil.yaml", "--n", 66)
+    assert done.code == 2
+    assert "names the class 'subprocess.Popen'" in done.err
