@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from cm_lightning.callbacks.run_record import write_text
 from cm_lightning.cli.errors import CommandParser, readable_errors
 from cm_lightning.ema import power_exponent
+from cm_lightning.files import hash_tensors
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.weights import (
     LICENCE,
@@ -19,11 +20,14 @@ from cm_lightning.weights import (
     Loaded,
     build_denoiser,
     check_weights,
+    is_diffusers,
     load_posthoc,
     load_weights,
+    read_diffusers,
     read_edm_pickle,
     read_openai,
     save_weights,
+    write_diffusers,
 )
 
 __all__ = ["main"]
@@ -39,10 +43,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog=COMMAND, allow_abbrev=False, description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True, parser_class=CommandParser)
     inspect = actions.add_parser("inspect", help="say what a file or folder holds")
-    inspect.add_argument("source", help=".pkl, .pt, weights folder, run directory or .ckpt")
+    inspect.add_argument(
+        "source", help=".pkl, .pt, folder of diffusers, weights folder, run directory or .ckpt"
+    )
     bring = actions.add_parser("import", help="turn a published file into safe weights")
     bring.add_argument(
-        "source", help="EDM, EDM2 or ECT .pkl (nothing in it is executed), or OpenAI .pt"
+        "source",
+        help="EDM, EDM2 or ECT .pkl (nothing in it is executed), OpenAI .pt, or a folder of "
+        "diffusers' ConsistencyModelPipeline",
     )
     for action in (inspect, bring):
         action.add_argument(
@@ -51,14 +59,19 @@ def build_parser() -> argparse.ArgumentParser:
     bring.add_argument("--out", required=True, help="folder to make; must not exist")
     bring.add_argument(
         "--regime",
-        default="Diffusion",
         choices=("Diffusion", "ECT", "CD", "CT"),
-        help="what trained the weights: Diffusion (EDM, EDM2), ECT, CD, CT [Diffusion]",
+        help="what trained the weights [Diffusion; CD for a folder of diffusers]",
     )
     export = actions.add_parser("export", help="portable weights with a model card")
     export.add_argument("source", help="run directory, .ckpt in one, or weights folder")
     export.add_argument("--ema", help="EMA profile or snapshot of a run [its first profile]")
     export.add_argument("--out", required=True, help="folder to make; must not exist")
+    export.add_argument(
+        "--format",
+        choices=("safetensors", "diffusers"),
+        default="safetensors",
+        help="diffusers: a ConsistencyModelPipeline, where its network can compute ours",
+    )
     phema = actions.add_parser(
         "phema", help="averages of other widths, from a run's PowerEMA profiles and snapshots"
     )
@@ -95,12 +108,15 @@ class Public(NamedTuple):
 
 
 def read_public(path: Path, resolution: int | None, regime: str) -> Public:
-    """Read an EDM, EDM2 or ECT pickle, or a state dict of OpenAI's U-Net.
+    """Read an EDM, EDM2 or ECT pickle, a state dict of OpenAI's U-Net or a diffusers folder.
 
     Raises:
-        InputError: If it is neither, unsafe, or its tensors do not fit the class here.
+        InputError: If it is none of them, unsafe, or its tensors do not fit the class here.
     """
-    if path.suffix == ".pkl":
+    if path.is_dir():
+        config, weights = read_diffusers(path)
+        kind, licence = "diffusers' ConsistencyModelPipeline", "as stated where it was published"
+    elif path.suffix == ".pkl":
         found = read_edm_pickle(path)
         config, weights, licence = found.denoiser, found.weights, LICENCE
         kind = f"pickle of a {found.class_name}; nothing in it was executed"
@@ -111,6 +127,11 @@ def read_public(path: Path, resolution: int | None, regime: str) -> Public:
     check_weights(denoiser.state_dict(), weights, str(path))
     denoiser.load_state_dict(weights)
     return Public(denoiser, config, kind, licence)
+
+
+def is_public(path: Path) -> bool:
+    """Whether a path is a published file or folder rather than one of this package."""
+    return is_diffusers(path) if path.is_dir() else path.suffix in PUBLIC
 
 
 def summary(denoiser: Denoiser) -> str:
@@ -131,7 +152,7 @@ def summary(denoiser: Denoiser) -> str:
 def inspect(options: argparse.Namespace) -> None:
     """Say what a file or folder holds."""
     path = Path(options.source)
-    if path.suffix in PUBLIC:
+    if is_public(path):
         found = read_public(path, options.resolution, "Diffusion")
         arguments = found.config["init_args"]["backbone"]["init_args"]
         print(f"{path}: {found.kind}")
@@ -152,13 +173,20 @@ def bring(options: argparse.Namespace) -> None:
     path, out = Path(options.source), Path(options.out)
     if out.exists():
         raise InputError(f"--out {out} exists already: choose another folder.")
-    if path.suffix not in PUBLIC:
-        raise InputError(f"{path} is none of the files that can be imported: {', '.join(PUBLIC)}.")
-    found = read_public(path, options.resolution, options.regime)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not is_public(path):
+        raise InputError(
+            f"{path} is none of the files that can be imported: {', '.join(PUBLIC)}, or a folder "
+            "of diffusers."
+        )
+    regime = options.regime or ("CD" if path.is_dir() else "Diffusion")
+    found = read_public(path, options.resolution, regime)
+    if path.is_dir():
+        digest = hash_tensors(found.denoiser.state_dict())
+    else:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     info = {
-        "regime": options.regime,
+        "regime": regime,
         "ema": "imported",
         "kimg": None,
         "data_fingerprint": None,
@@ -177,7 +205,8 @@ def export(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if out.exists():
         raise InputError(f"--out {out} exists already: choose another folder.")
-    write(load_weights(options.source, options.ema), Path(options.source), out)
+    source = Path(options.source)
+    write(load_weights(source, options.ema), source, out, options.format)
 
 
 def phema(options: argparse.Namespace) -> None:
@@ -191,13 +220,20 @@ def phema(options: argparse.Namespace) -> None:
         write(load_posthoc(options.source, std), Path(options.source), out / f"std{std:.3f}")
 
 
-def write(loaded: Loaded, source: Path, out: Path) -> None:
+def write(loaded: Loaded, source: Path, out: Path, layout: str = "safetensors") -> None:
     """Write weights with a model card and say so."""
     denoiser, info, config = loaded
     info = {key: value for key, value in info.items() if key not in ("format", "version")}
-    save_weights(out, config, denoiser.state_dict(), info)
-    write_text(out / "README.md", model_card(denoiser, info, distances(source)))
-    print(f"{source} -> {out}/model.safetensors, config.json and README.md")
+    if layout == "diffusers":
+        write_diffusers(out, config, denoiser.state_dict())
+        use = "from diffusers import ConsistencyModelPipeline\n\n" + DIFFUSERS_USE
+        files = "model_index.json, unet, scheduler"
+    else:
+        save_weights(out, config, denoiser.state_dict(), info)
+        use = "from cm_lightning.weights import from_pretrained\n\n" + PACKAGE_USE
+        files = "model.safetensors, config.json"
+    write_text(out / "README.md", model_card(denoiser, info, distances(source), use))
+    print(f"{source} -> {out}: {files} and README.md")
     print(summary(denoiser))
 
 
@@ -219,13 +255,20 @@ def licences(info: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def model_card(denoiser: Denoiser, info: dict[str, Any], measured: dict[str, float]) -> str:
+DIFFUSERS_USE = 'pipeline = ConsistencyModelPipeline.from_pretrained("this folder")'
+PACKAGE_USE = 'denoiser = from_pretrained("this folder")'
+
+
+def model_card(
+    denoiser: Denoiser, info: dict[str, Any], measured: dict[str, float], use: str
+) -> str:
     """A model card in Markdown.
 
     Args:
         denoiser: The network.
         info: What is known about its training.
         measured: Frechet distances by name.
+        use: Python that loads the model.
     """
     kimg = "unknown" if info.get("kimg") is None else f"{info['kimg']:g} thousand images"
     lines = [
@@ -248,8 +291,7 @@ def model_card(denoiser: Denoiser, info: dict[str, Any], measured: dict[str, flo
     carried = licences(info)
     text = "; ".join(carried) or "that of the data and of whoever trained the weights"
     lines += ["", "## Licence", "", f"Of the weights this model was made from: {text}.", ""]
-    lines += ["## Use", "", "```python", "from cm_lightning.weights import from_pretrained", ""]
-    lines += ['denoiser = from_pretrained("this folder")', "```", ""]
+    lines += ["## Use", "", "```python", use, "```", ""]
     return "\n".join(lines)
 
 

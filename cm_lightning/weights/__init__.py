@@ -1,5 +1,6 @@
 """Reading and writing weights, safely."""
 
+from cm_lightning.weights.diffusers import is_diffusers, read_diffusers, write_diffusers
 from cm_lightning.weights.edm_pickle import LICENCE, EDMNetwork, read_edm_pickle
 from cm_lightning.weights.openai import OPENAI_LICENCE, read_openai
 from cm_lightning.weights.portable import (
@@ -26,11 +27,14 @@ __all__ = [
     "check_class_paths",
     "check_weights",
     "from_pretrained",
+    "is_diffusers",
     "load_posthoc",
     "load_weights",
     "read_checkpoint",
+    "read_diffusers",
     "read_edm_pickle",
     "read_openai",
     "save_weights",
     "start_from",
+    "write_diffusers",
 ]
