@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cm_lightning.callbacks.run_record import write_text
 from cm_lightning.cli.errors import CommandParser, readable_errors
 from cm_lightning.ema import power_exponent
-from cm_lightning.files import hash_tensors
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.weights import (
-    LICENCE,
-    OPENAI_LICENCE,
     Loaded,
-    build_denoiser,
-    check_weights,
-    is_diffusers,
+    is_public,
     load_posthoc,
+    load_public,
     load_weights,
-    read_diffusers,
-    read_edm_pickle,
-    read_openai,
     save_weights,
     write_diffusers,
 )
@@ -33,9 +25,6 @@ from cm_lightning.weights import (
 __all__ = ["main"]
 
 COMMAND = "cm-weights"
-
-PUBLIC = (".pkl", ".pt", ".pth")
-"""Endings of published files."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,49 +80,6 @@ def main(args: list[str] | None = None) -> None:
         actions[options.action](options)
 
 
-class Public(NamedTuple):
-    """A network from a published file.
-
-    Attributes:
-        denoiser: With its weights.
-        config: ``class_path`` and ``init_args``.
-        kind: What the file is.
-        licence: Licence of the published weights.
-    """
-
-    denoiser: Denoiser
-    config: dict[str, Any]
-    kind: str
-    licence: str
-
-
-def read_public(path: Path, resolution: int | None, regime: str) -> Public:
-    """Read an EDM, EDM2 or ECT pickle, a state dict of OpenAI's U-Net or a diffusers folder.
-
-    Raises:
-        InputError: If it is none of them, unsafe, or its tensors do not fit the class here.
-    """
-    if path.is_dir():
-        config, weights = read_diffusers(path)
-        kind, licence = "diffusers' ConsistencyModelPipeline", "as stated where it was published"
-    elif path.suffix == ".pkl":
-        found = read_edm_pickle(path)
-        config, weights, licence = found.denoiser, found.weights, LICENCE
-        kind = f"pickle of a {found.class_name}; nothing in it was executed"
-    else:
-        config, weights = read_openai(path, resolution, consistency=regime in ("CD", "CT"))
-        kind, licence = "state dict of OpenAI's U-Net", OPENAI_LICENCE
-    denoiser = build_denoiser(config, str(path))
-    check_weights(denoiser.state_dict(), weights, str(path))
-    denoiser.load_state_dict(weights)
-    return Public(denoiser, config, kind, licence)
-
-
-def is_public(path: Path) -> bool:
-    """Whether a path is a published file or folder rather than one of this package."""
-    return is_diffusers(path) if path.is_dir() else path.suffix in PUBLIC
-
-
 def summary(denoiser: Denoiser) -> str:
     """Network, size, images and classes, a line each."""
     backbone = getattr(denoiser, "backbone", denoiser)
@@ -153,12 +99,12 @@ def inspect(options: argparse.Namespace) -> None:
     """Say what a file or folder holds."""
     path = Path(options.source)
     if is_public(path):
-        found = read_public(path, options.resolution, "Diffusion")
-        arguments = found.config["init_args"]["backbone"]["init_args"]
-        print(f"{path}: {found.kind}")
-        print(summary(found.denoiser))
+        denoiser, info, config = load_public(path, resolution=options.resolution)
+        arguments = config["init_args"]["backbone"]["init_args"]
+        print(f"{path}: {info['kind']}")
+        print(summary(denoiser))
         print("  arguments   " + ", ".join(f"{key} {value}" for key, value in arguments.items()))
-        print(f"  licence     {found.licence}")
+        print(f"  licence     {info['licence']}")
         return
     denoiser, info, _ = load_weights(path)
     print(f"{path}: {info.get('regime')}, EMA profile {info.get('ema')}")
@@ -173,31 +119,11 @@ def bring(options: argparse.Namespace) -> None:
     path, out = Path(options.source), Path(options.out)
     if out.exists():
         raise InputError(f"--out {out} exists already: choose another folder.")
-    if not is_public(path):
-        raise InputError(
-            f"{path} is none of the files that can be imported: {', '.join(PUBLIC)}, or a folder "
-            "of diffusers."
-        )
-    regime = options.regime or ("CD" if path.is_dir() else "Diffusion")
-    found = read_public(path, options.resolution, regime)
-    if path.is_dir():
-        digest = hash_tensors(found.denoiser.state_dict())
-    else:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    info = {
-        "regime": regime,
-        "ema": "imported",
-        "kimg": None,
-        "data_fingerprint": None,
-        "source": path.name,
-        "source_sha256": digest,
-        "licence": found.licence,
-    }
-    save_weights(out, found.config, found.denoiser.state_dict(), info)
+    denoiser, info, config = load_public(path, options.regime, options.resolution)
+    save_weights(out, config, denoiser.state_dict(), info)
     print(f"{path} -> {out}/model.safetensors and config.json")
-    print(summary(found.denoiser))
-    print(f"  licence     {found.licence}")
+    print(summary(denoiser))
+    print(f"  licence     {info['licence']}")
 
 
 def export(options: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """Reading and writing weights, safely."""
 
-from cm_lightning.weights.diffusers import is_diffusers, read_diffusers, write_diffusers
+from cm_lightning.weights.diffusers import read_diffusers, write_diffusers
 from cm_lightning.weights.edm_pickle import LICENCE, EDMNetwork, read_edm_pickle
 from cm_lightning.weights.openai import OPENAI_LICENCE, read_openai
 from cm_lightning.weights.portable import (
@@ -16,6 +16,7 @@ from cm_lightning.weights.portable import (
     start_from,
 )
 from cm_lightning.weights.posthoc import load_posthoc
+from cm_lightning.weights.public import is_public, load_public
 
 __all__ = [
     "LICENCE",
@@ -27,8 +28,9 @@ __all__ = [
     "check_class_paths",
     "check_weights",
     "from_pretrained",
-    "is_diffusers",
+    "is_public",
     "load_posthoc",
+    "load_public",
     "load_weights",
     "read_checkpoint",
     "read_diffusers",

@@ -53,7 +53,8 @@ class Pretrained:
     """Where trained weights lie.
 
     Args:
-        path: Run directory, checkpoint in one, or weights folder, see :func:`load_weights`.
+        path: Run directory, checkpoint in one, weights folder or published file, see
+            :func:`load_weights`.
         ema: EMA profile of a run, ``None`` for its first one.
     """
 
@@ -177,17 +178,20 @@ def save_weights(
 
 
 def load_weights(path: str | Path, ema: str | None = None) -> Loaded:
-    """Load a denoiser from a run directory, a checkpoint in one, or a weights folder.
+    """Load a denoiser from a run directory, a checkpoint in one, a weights folder or a public file.
 
     Args:
         path: A directory with ``model.safetensors`` and ``config.json``; a run directory, whose
-            newest checkpoint is taken; or one ``.ckpt`` file of a run directory.
+            newest checkpoint is taken; one ``.ckpt`` file of a run directory; or what
+            :func:`load_public` takes, as a diffusion model.
         ema: EMA profile of a run, ``"live"`` for the trained weights themselves, ``None`` for the
             run's first profile. A weights folder holds one set only.
 
     Raises:
         InputError: If nothing usable is there, or there is no such profile.
     """
+    from cm_lightning.weights.public import is_public, load_public
+
     path = Path(path)
     if (path / "model.safetensors").is_file():
         return _load_folder(path, ema)
@@ -198,11 +202,15 @@ def load_weights(path: str | Path, ema: str | None = None) -> Loaded:
         if not config.is_file():
             raise InputError(f"{path} is not inside a run directory: {config} is missing.")
         return _load_checkpoint(path, config, ema)
+    if path.exists() and is_public(path):
+        if ema is not None:
+            raise InputError(f"{path} holds one set of weights, no '{ema}'.")
+        return load_public(path)
     if not path.exists():
         raise InputError(f"There is no run directory, checkpoint or weights folder at {path}.")
     raise InputError(
         f"{path} is neither a run directory (with config.yaml) nor a weights folder (with "
-        "model.safetensors and config.json) nor a .ckpt file."
+        "model.safetensors and config.json) nor a .ckpt file nor a published file."
     )
 
 

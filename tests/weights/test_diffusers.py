@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
 from cm_lightning.networks import ADMUNet, ConsistencyPrecond, EDMPrecond
 from cm_lightning.sampling import multistep
 from cm_lightning.weights import build_denoiser, load_weights, read_diffusers, save_weights
+from tests.cli.conftest import ROOT
 
 SMALL = {
     "img_resolution": 8,
@@ -251,3 +254,47 @@ def test_bad_folders(what, message, folder, program, tmp_path, monkeypatch):
     assert done.err.count("\n") == 1
     assert not (tmp_path / "ours").exists()
     assert not (tmp_path / "canary").exists()
+
+
+def test_import_train_export_import(folder, program, tmp_path):
+    """A folder of diffusers starts a run as it is; what the run exports comes back bit for bit."""
+    start, _ = folder(in_channels=1, out_channels=1, label_dim=10, outer={"sigma_min": 0.002})
+    words = ["cm-weights", "export", start, "--out", tmp_path / "start", "--format", "diffusers"]
+    assert program(*words).code == 0
+    backbone = {"class_path": "ADMUNet", "init_args": SMALL}
+    backbone["init_args"] = SMALL | {"in_channels": 1, "out_channels": 1, "label_dim": 10}
+    denoiser = {
+        "class_path": "ConsistencyPrecond",
+        "init_args": {"noise_scale": 1000.0, "backbone": backbone},
+    }
+    (tmp_path / "own.yaml").write_text(
+        yaml.safe_dump({"model": {"class_path": "ICT", "init_args": {"denoiser": denoiser}}})
+    )
+    run = tmp_path / "run"
+    words = ["--config", ROOT / "configs" / "ict_digits.yaml", "--config", tmp_path / "own.yaml"]
+    words += ["--run_dir", run, "--model.init.path", tmp_path / "start", "--model.total_kimg"]
+    words += [0.032, "--data.global_batch", 16, "--fid.n", 6, "--samples.n", 2]
+    done = program("cm-fit", *words, "--trainer.enable_progress_bar", "false")
+    assert done.code == 0, done.err
+    assert "as stated where it was published" in (run / "run.json").read_text()
+    out, back = tmp_path / "out", tmp_path / "back"
+    words = ["cm-weights", "export", run, "--out", out, "--format", "diffusers"]
+    assert program(*words).code == 0
+    assert program("cm-weights", "import", out, "--out", back).code == 0
+    trained, again = load_weights(run), load_weights(back)
+    begun = load_weights(start).denoiser.state_dict()
+    for name, value in trained.denoiser.state_dict().items():
+        assert torch.equal(again.denoiser.state_dict()[name], value)
+    moved = [
+        name
+        for name, value in begun.items()
+        if not torch.equal(value, again.denoiser.state_dict()[name])
+    ]
+    assert len(moved) > len(begun) / 2
+    for source, name in ((run, "a"), (back, "b")):
+        words = ["--n", 4, "--npz", "--out", tmp_path / name]
+        assert program("cm-sample", source, *words).code == 0
+    a, b = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in "ab")
+    assert np.array_equal(a, b)
+    refused = program("cm-sample", tmp_path / "start", "--ema", "ema_0.9", "--out", tmp_path / "c")
+    assert "holds one set of weights" in refused.err
