@@ -18,6 +18,7 @@ LAYERS = [
     ["callbacks"],
     ["regimes"],
     ["cli"],
+    ["bench"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

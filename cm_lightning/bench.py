@@ -1,0 +1,187 @@
+"""Benchmarks: ``python -m cm_lightning.bench NAME``. Both sides of a ratio alternate in one run."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from cm_lightning.callbacks.run_record import device_name, versions
+from cm_lightning.cli.errors import CommandParser, readable_errors
+from cm_lightning.cli.study import table
+from cm_lightning.networks import EDMPrecond, SongUNet
+from cm_lightning.objective import (
+    Draw,
+    ECTMapping,
+    Euler,
+    Independent,
+    InverseStep,
+    Objective,
+    PseudoHuber,
+    ReferenceMean,
+    SampleMean,
+)
+from cm_lightning.types import Batch, Denoiser, InputError, References
+
+__all__ = ["alternate", "main"]
+
+COMMAND = "python -m cm_lightning.bench"
+
+
+def build_network(name: str) -> Denoiser:
+    """A network by name: ``small`` (8x8, the digits configs') or ``ddpmpp`` (32x32, 55.7M)."""
+    if name == "small":
+        small = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1}
+        return EDMPrecond(SongUNet(8, 1, 1, attn_resolutions=[4], dropout=0.0, **small))  # type: ignore[arg-type]
+    return EDMPrecond(SongUNet(32, 3, 3, dropout=0.2))
+
+
+def alternate(
+    sides: Sequence[Callable[[], object]], repeats: int, device: torch.device
+) -> list[list[float]]:
+    """Seconds of each side in each repeat, the sides taking turns, after one unmeasured turn.
+
+    Args:
+        sides: What to time.
+        repeats: Turns, >= 1.
+        device: Device to wait for.
+    """
+    seconds: list[list[float]] = [[] for _ in sides]
+    for turn in range(repeats + 1):
+        for side, found in zip(sides, seconds, strict=True):
+            _wait(device)
+            start = time.perf_counter()
+            side()
+            _wait(device)
+            if turn:
+                found.append(time.perf_counter() - start)
+    return seconds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    low, high = min(seconds), max(seconds)
+    return f"{1000 * median(seconds):.2f} ({1000 * low:.2f}-{1000 * high:.2f})"
+
+
+def references(options: argparse.Namespace) -> str:
+    """What SCT's posterior mean costs against the rest of a training step, by number of references.
+
+    Args:
+        options: ``network``, ``batch``, ``sizes``, ``repeats``, ``device``, ``seed``.
+
+    Returns:
+        A Markdown table: milliseconds as median (smallest-largest), and the median ratio of
+        neighbouring turns.
+    """
+    device = torch.device(options.device)
+    torch.manual_seed(options.seed)
+    network = build_network(options.network).to(device)
+    assert network.image_shape is not None
+    shape, n = network.image_shape, options.batch
+    x0 = torch.randint(0, 256, (n, *shape), dtype=torch.uint8, device=device) / 127.5 - 1
+    optimizer = torch.optim.RAdam(network.parameters(), lr=1e-4)
+    mapping = ECTMapping()
+    device_index = torch.arange(n, device=device)
+
+    def objective(mean: SampleMean | ReferenceMean) -> Objective:
+        return Objective(mapping, Independent(), Euler(mean), PseudoHuber(), InverseStep())
+
+    def step(mean: SampleMean | ReferenceMean, batch: Batch) -> None:
+        draw = Draw(options.seed, 0, 0, n, device)
+        objective(mean)(network, network, batch, draw).loss.mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    rows = []
+    plain = Batch(x0, None, device_index)
+    for size in options.sizes:
+        images = torch.randint(0, 256, (size, *shape), dtype=torch.uint8, device=device)
+        bank = References(images, None, torch.arange(size, device=device) + n)
+        batch = plain._replace(references=bank)
+        t, _ = mapping.sample(n, 0, device, torch.Generator(device).manual_seed(0))
+        x_t = x0 + t.to(x0.dtype)[:, None, None, None] * torch.randn_like(x0)
+
+        def estimate(x_t: Tensor = x_t, t: Tensor = t, batch: Batch = batch) -> None:
+            ReferenceMean(skip=None)(x_t, t, batch)
+
+        ect, sct, alone = alternate(
+            [
+                lambda: step(SampleMean(), plain),
+                lambda batch=batch: step(ReferenceMean(skip=None), batch),  # type: ignore[misc]
+                estimate,
+            ],
+            options.repeats,
+            device,
+        )
+        ratio = median(b / a for a, b in zip(ect, sct, strict=True))
+        share = median(c / a for a, c in zip(ect, alone, strict=True))
+        rows.append(
+            [
+                f"{size:,}",
+                _spread(ect),
+                _spread(sct),
+                f"{ratio:.3f}",
+                _spread(alone),
+                f"{100 * share:.2f} %",
+            ]
+        )
+    head = [
+        "references",
+        "ECT step, ms",
+        "SCT step, ms",
+        "ratio",
+        "mean alone, ms",
+        "share of step",
+    ]
+    return f"{network_line(network, n)}\n\n{table(head, rows)}"
+
+
+def network_line(network: Denoiser, batch: int) -> str:
+    """Network and batch in words."""
+    count = sum(p.numel() for p in network.parameters())
+    return f"{count:,} parameters, images {network.image_shape}, batch {batch}, float32"
+
+
+def machine(device: torch.device) -> str:
+    """Machine, versions and time in words."""
+    found = versions()
+    names = ", ".join(f"{key} {found[key]}" for key in ("torch", "python"))
+    when = datetime.now(UTC).date().isoformat()
+    return f"{device_name(device)}; {platform.processor() or platform.machine()}; {names}; {when}"
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point."""
+    parser = CommandParser(prog=COMMAND, allow_abbrev=False, description=__doc__)
+    names = parser.add_subparsers(dest="name", required=True, parser_class=CommandParser)
+    add = names.add_parser("references", help="SCT's posterior mean against a step").add_argument
+    add("--network", choices=("small", "ddpmpp"), default="small")
+    add("--sizes", type=int, nargs="+", default=[64, 256, 1024, 4096])
+    add("--batch", type=int, default=64)
+    add("--repeats", type=int, default=20)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0)
+    options = parser.parse_args(args)
+    with readable_errors(COMMAND):
+        for name in ("batch", "repeats"):
+            if getattr(options, name) < 1:
+                raise InputError(f"--{name} must be 1 or more, got {getattr(options, name)}.")
+        if min(options.sizes) < 1:
+            raise InputError(f"--sizes must be 1 or more, got {options.sizes}.")
+        print(machine(torch.device(options.device)), flush=True)
+        print(references(options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The benchmarks run, and measure what they say."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+import torch
+
+from cm_lightning import bench
+
+
+def test_sides_alternate():
+    calls = []
+    found = bench.alternate(
+        [lambda: calls.append("a"), lambda: calls.append("b") or time.sleep(0.02)],
+        2,
+        torch.device("cpu"),
+    )
+    assert calls == ["a", "b"] * 3
+    assert [len(seconds) for seconds in found] == [2, 2]
+    assert min(found[1]) >= 0.02 > max(found[0])
+
+
+def test_references(capsys):
+    bench.main(["references", "--sizes", "4", "32", "--batch", "4", "--repeats", "2"])
+    out = capsys.readouterr().out
+    rows = re.findall(r"^\| ([\d,]+) \|.*\| ([\d.]+) % \|$", out, re.MULTILINE)
+    assert [size for size, _ in rows] == ["4", "32"]
+    assert all(0 < float(share) < 1000 for _, share in rows)
+    assert "images (1, 8, 8), batch 4" in out
+
+
+def test_mistakes(capsys):
+    for words in (["references", "--batch", "0"], ["references", "--sizes", "0"], ["speed"]):
+        with pytest.raises(SystemExit) as stop:
+            bench.main(words)
+        assert stop.value.code == 2
+    assert capsys.readouterr().err.count("error:") == 3
