@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -218,23 +218,20 @@ def finished(folder: Path) -> dict[str, float] | None:
     return last
 
 
-def tuning_runs(name: str, arm: Arm, tune: Tuning) -> Iterator[tuple[Any, list[Run]]]:
-    """The runs that try each value."""
-    for value in tune.values:
-        options = arm.options | {tune.key: value}
-        yield (
-            value,
-            [
-                Run(
-                    f"{name}/tune/{value:g}/seed{seed}"
-                    if isinstance(value, float | int)
-                    else f"{name}/tune/{value}/seed{seed}",
-                    arm.config,
-                    options | {"seed_everything": seed},
-                )
-                for seed in tune.seeds
-            ],
-        )
+def make_run(name: str, arm: Arm, seed: int, tune: Tuning | None, value: Any) -> Run:
+    """One run of an arm.
+
+    Args:
+        name: The arm's name.
+        arm: The arm.
+        seed: Seed of the run.
+        tune: The search, whose option gets ``value``.
+        value: Value of that option.
+    """
+    options = arm.options | {"seed_everything": seed}
+    if tune is None:
+        return Run(f"{name}/seed{seed}", arm.config, options)
+    return Run(f"{name}/{value}/seed{seed}", arm.config, options | {tune.key: value})
 
 
 def execute(study: Study, out: Path, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -256,7 +253,6 @@ def execute(study: Study, out: Path, only: Sequence[str] = ()) -> dict[str, Any]
     search: dict[str, dict[str, float]] = {}
     results: dict[str, dict[str, list[float]]] = {}
     for name, arm in arms.items():
-        options = dict(arm.options)
         if study.tune is not None:
             if name in searched:
                 search[name] = _search(name, arm, study.tune, runner)
@@ -266,20 +262,17 @@ def execute(study: Study, out: Path, only: Sequence[str] = ()) -> dict[str, Any]
                 chosen[name] = chosen[arm.tuned_as]
             else:
                 raise InputError(f"arms.{name} is tuned as {arm.tuned_as}, which did not run yet.")
-            options[study.tune.key] = chosen[name]
-        runs = [
-            Run(f"{name}/seed{seed}", arm.config, options | {"seed_everything": seed})
-            for seed in study.seeds
+        found = [
+            runner(make_run(name, arm, seed, study.tune, chosen.get(name))) for seed in study.seeds
         ]
-        found = [runner(run) for run in runs]
         results[name] = {key: [result[key] for result in found] for key in found[0]}
     return {"seeds": study.seeds, "chosen": chosen, "search": search, "results": results}
 
 
 def _search(name: str, arm: Arm, tune: Tuning, runner: Runner) -> dict[str, float]:
     means = {}
-    for value, runs in tuning_runs(name, arm, tune):
-        found = [runner(run) for run in runs]
+    for value in tune.values:
+        found = [runner(make_run(name, arm, seed, tune, value)) for seed in tune.seeds]
         for result in found:
             if tune.metric not in result:
                 raise InputError(

@@ -60,7 +60,7 @@ def test_a_study_trains_tunes_continues_and_tabulates(study, program, tmp_path):
     lr = outcome["chosen"]["ect"]
     assert outcome["chosen"]["huber"] == lr
     tried = {
-        value: json.loads((out / "ect/tune" / value / "seed7/run.json").read_text())
+        value: json.loads((out / "ect" / value / "seed7/run.json").read_text())
         for value in ("0.001", "0.01")
     }
     best = min(tried, key=lambda value: tried[value]["results"]["last"][METRIC])
@@ -80,13 +80,13 @@ def test_a_study_trains_tunes_continues_and_tabulates(study, program, tmp_path):
     mean, width = interval(pair[1] - pair[0])
     assert f"{mean:+.3f} ± {width:.3f}" in (out / "study.md").read_text()
 
-    kept = (out / "ect/seed1/run.json").stat().st_mtime_ns
-    shutil.rmtree(out / "huber/seed2")
+    kept = (out / "ect" / str(lr) / "seed1/run.json").stat().st_mtime_ns
+    shutil.rmtree(out / "huber" / str(lr) / "seed2")
     again = program("cm-study", tmp_path / "study.yaml", "--out", out)
     assert json.loads((out / "study.json").read_text()) == outcome
-    assert (out / "ect/seed1/run.json").stat().st_mtime_ns == kept
+    assert (out / "ect" / str(lr) / "seed1/run.json").stat().st_mtime_ns == kept
     assert again.out.count("...") == 1
-    assert "[6/6] huber/seed2" in again.out
+    assert f"[6/6] huber/{lr}/seed2" in again.out
 
 
 def test_interval_is_students():
@@ -118,7 +118,7 @@ def test_a_failing_run_stops_the_study_with_its_message(study, program, tmp_path
     done = program("cm-study", path, "--out", tmp_path / "out")
     assert done.code == 2
     assert "total_kimg" in done.err
-    assert "ect/tune/0.001/seed7 failed" in done.err
+    assert "ect/0.001/seed7 failed" in done.err
     assert "The arms" not in program("cm-study", path, "--only", "none").out
 
 
