@@ -22,7 +22,6 @@ from cm_lightning.data.store import (
     ImageStore,
     Resize,
     default_cache,
-    store_path,
     to_float,
     write_store,
 )
@@ -191,9 +190,9 @@ class ImageDataModule(L.LightningDataModule):
         Raises:
             InputError: If the source cannot be read; nothing is written then.
         """
-        identity = self.source.identity()
-        path = store_path(self.cache_dir, self.source.name, identity, self.transform)
+        path = self.source.folder(self.cache_dir, self.transform)
         if not path.is_dir():
+            identity = self.source.identity()
             images, labels = self.source.read()
             write_store(path, images, labels, source=identity, transform=self.transform)
 
@@ -203,10 +202,7 @@ class ImageDataModule(L.LightningDataModule):
         Raises:
             InputError: If labels are wanted but missing, or the batch does not divide.
         """
-        identity = self.source.identity()
-        self._store = ImageStore(
-            store_path(self.cache_dir, self.source.name, identity, self.transform)
-        )
+        self._store = ImageStore(self.source.folder(self.cache_dir, self.transform))
         if self.conditional and not self._store.num_classes:
             raise InputError(
                 f"data.conditional is true, but {self.source.name} has no labels: set it to false."
@@ -310,6 +306,5 @@ class ImageDataModule(L.LightningDataModule):
     def use_temporary_cache(self, folder: Path) -> None:
         """Write nothing outside ``folder``: read the store if it exists, else make it there."""
         self._trial = True
-        path = store_path(self.cache_dir, self.source.name, self.source.identity(), self.transform)
-        if not path.is_dir():
+        if not self.source.folder(self.cache_dir, self.transform).is_dir():
             self.cache_dir = folder

@@ -14,9 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from cm_lightning.data.store import ImageStore, Resize, store_path
 from cm_lightning.types import InputError
 
-__all__ = ["IDX", "Digits", "Source", "read_idx"]
+__all__ = ["IDX", "Digits", "Source", "Store", "read_idx"]
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -33,6 +34,10 @@ class Source(ABC):
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What identifies the source, options and file hashes included (JSON types only)."""
+
+    def folder(self, cache: Path, transform: Resize) -> Path:
+        """Folder of the store with these images, whether it exists or not."""
+        return store_path(cache, self.name, self.identity(), transform)
 
     @abstractmethod
     def read(self) -> tuple[Images, Labels | None]:
@@ -66,6 +71,51 @@ class Digits(Source):
         digits = load_digits()
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
         return images, digits.target.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Store(Source):
+    """A store made by ``cm-data convert``, opened where it lies.
+
+    Args:
+        path: Its folder.
+    """
+
+    path: str
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return Path(self.path).name
+
+    def identity(self) -> dict[str, Any]:
+        """The path; the store has a fingerprint of its own."""
+        return {"source": "store", "path": str(Path(self.path).expanduser())}
+
+    def read(self) -> tuple[Images, Labels | None]:
+        """Images ``(N, H, W, C)`` and labels."""
+        store = ImageStore(Path(self.path).expanduser())
+        return store.images.transpose(0, 2, 3, 1), store.labels
+
+    def folder(self, cache: Path, transform: Resize) -> Path:
+        """The store's own folder.
+
+        Raises:
+            InputError: If it is missing or its images have another size than asked for.
+        """
+        path = Path(self.path).expanduser()
+        if not path.is_dir():
+            raise InputError(
+                f"There is no image store at {path}: `cm-data convert SOURCE --out {path}` makes "
+                "it from your images."
+            )
+        size = ImageStore(path).image_shape[1]
+        if transform.resolution not in (None, size):
+            raise InputError(
+                f"The store {path} has images of {size}x{size} and data.resolution is "
+                f"{transform.resolution}: convert the images to that, or leave it out."
+            )
+        return path
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,11 @@ def write_store(
             store = ImageStore(path)  # another process was faster
             if store.fingerprint != info["fingerprint"]:
                 raise InputError(f"{path} already holds other data.") from None
+    except OSError as error:
+        raise InputError(
+            f"The image store {path} cannot be written ({error.strerror or error}): make room, or "
+            "set data.cache to another folder."
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return ImageStore(path)

@@ -45,7 +45,7 @@ def test_the_whole_set_is_made_once(store):
 
 
 def test_classes_that_do_not_fit_together_are_fetched(store, monkeypatch):
-    monkeypatch.setattr("cm_lightning.data.references._WHOLE", 10)
+    monkeypatch.setattr("cm_lightning.data.references.WHOLE", 10)
     references = bank(store)(torch.tensor([2, 0, 2]), 0, CPU)
     assert sorted(references.index.tolist()) == [i for i in range(30) if i % 3 != 1]
     assert references.labels.tolist() == [i % 3 for i in references.index.tolist()]

@@ -57,7 +57,7 @@ def test_fingerprint_follows_pixels_labels_and_shape(tmp_path):
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "save", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match="disk full"):
         make(tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,242 @@
+"""``cm-data``: turn images of any layout into a store, look into stores, fetch downloads early."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from cm_lightning.cli.errors import CommandParser, readable_errors
+from cm_lightning.data import (
+    KINDS,
+    TRANSFORMS,
+    ImageDataModule,
+    ImageStore,
+    Transform,
+    convert,
+    open_images,
+)
+from cm_lightning.evaluation import FeatureExtractor, image_grid, reference_statistics, save_png
+from cm_lightning.evaluation.images import replacing
+from cm_lightning.types import InputError
+from cm_lightning.weights import check_class_paths
+
+__all__ = ["main"]
+
+COMMAND = "cm-data"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = CommandParser(prog=COMMAND, allow_abbrev=False, description=__doc__)
+    actions = parser.add_subparsers(dest="action", required=True, parser_class=CommandParser)
+    bring = actions.add_parser("convert", help="make a store, for `data.source: Store`")
+    add = bring.add_argument
+    add("source", help="file or folder")
+    add("--out", required=True, help="folder to make; must not exist")
+    add("--kind", choices=tuple(KINDS), help="layout [found out]")
+    add("--transform", choices=TRANSFORMS, default="none", help="how images get their size [none]")
+    add("--resolution", type=int, help="height and width of the stored images")
+    add("--channels", type=int, choices=(1, 3), help="[those of the first image]")
+    add("--workers", type=int, default=0, help="processes that decode; 0 for this one [0]")
+    add("--skip_corrupt", action="store_true", help="leave out images that cannot be read")
+    inspect = actions.add_parser("inspect", help="say what a store holds")
+    inspect.add_argument("store", help="folder of a store")
+    inspect.add_argument("--grid", metavar="FILE", help="draw 100 of its images into a PNG file")
+    inspect.add_argument("--verify", action="store_true", help="read it all and compare")
+    stats = actions.add_parser("stats", help="reference statistics of a store, as EDM and ADM use")
+    stats.add_argument("store", help="folder of a store")
+    stats.add_argument("--features", default="Inception", help="Inception, Timm, ... [Inception]")
+    stats.add_argument("--weights", help="file with the weights of the features")
+    stats.add_argument("--out", required=True, help=".npz to write: mu, sigma and where from")
+    stats.add_argument("--batch", type=int, default=256, help="images per pass [256]")
+    fetch = actions.add_parser("prefetch", help="every download a config will need")
+    fetch.add_argument("--config", required=True, nargs="+", help="YAML files of cm-fit")
+    return parser
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``cm-data``."""
+    options = build_parser().parse_args(args)
+    with readable_errors(COMMAND):
+        actions = {"convert": bring, "inspect": inspect, "stats": stats, "prefetch": prefetch}
+        actions[options.action](options)
+
+
+def bring(options: argparse.Namespace) -> None:
+    """Convert a source."""
+    for name, least in (("resolution", 1), ("workers", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} must be {least} or more, got {value}.")
+    if options.transform != "none" and options.resolution is None:
+        raise InputError(f"--transform {options.transform} needs --resolution.")
+    if options.transform == "none" and options.resolution is not None:
+        raise InputError("--resolution needs a --transform: " + ", ".join(TRANSFORMS[1:]) + ".")
+    files = open_images(options.source, options.kind)
+    print(f"{options.source}: {len(files):,} images, {KINDS[files.kind]}", flush=True)
+    if files.note:
+        print(files.note, flush=True)
+    transform = Transform(options.transform, options.resolution, options.channels)
+    store = convert(
+        files,
+        options.out,
+        transform,
+        workers=options.workers,
+        skip_corrupt=options.skip_corrupt,
+    )
+    print(describe(store))
+
+
+def describe(store: ImageStore) -> str:
+    """Size, classes, grey levels and identity of a store."""
+    size = store.images.nbytes / 2**20
+    lines = [
+        f"{store.path}",
+        f"  images       {len(store):,} of {store.image_shape} (channels, height, width), "
+        f"{size:,.1f} MB",
+        f"  fingerprint  {store.fingerprint}",
+    ]
+    if store.labels is not None:
+        counts = np.bincount(store.labels, minlength=store.num_classes)
+        lines.append(
+            f"  classes      {store.num_classes}, {counts.min():,} to {counts.max():,} images each"
+        )
+        if store.num_classes <= 20:
+            lines.append("  histogram    " + ", ".join(map(str, counts)))
+        if counts.min() == 0:
+            lines.append(f"  empty        {', '.join(map(str, np.flatnonzero(counts == 0)[:20]))}")
+    else:
+        lines.append("  classes      none")
+    for key in ("transform", "source"):
+        if store.info.get(key):
+            text = ", ".join(f"{name} {value}" for name, value in store.info[key].items())
+            lines.append(f"  {key:<12} {text}")
+    if store.info.get("left_out"):
+        lines.append(f"  left out     {len(store.info['left_out'])} images that could not be read")
+    return "\n".join(lines)
+
+
+def moments(store: ImageStore) -> tuple[float, float]:
+    """Mean and standard deviation over all pixels in [-1, 1]."""
+    counts = np.zeros(256, np.int64)
+    for start in range(0, len(store), 4096):
+        block = np.ascontiguousarray(store.images[start : start + 4096])
+        counts += np.bincount(block.ravel(), minlength=256)
+    levels = np.arange(256) / 127.5 - 1
+    mean = float(counts @ levels / counts.sum())
+    return mean, float(np.sqrt(counts @ (levels - mean) ** 2 / counts.sum()))
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Describe a store."""
+    store = ImageStore(options.store)
+    print(describe(store))
+    mean, std = moments(store)
+    print(f"  pixels       mean {mean:.4f}, standard deviation {std:.4f} in [-1, 1]")
+    if options.verify:
+        store.verify()
+        print("  verified     every pixel and label")
+    if options.grid:
+        rows = np.linspace(0, len(store) - 1, min(100, len(store))).astype(np.int64)
+        if store.labels is not None and store.num_classes <= 20:
+            rows = rows[np.argsort(store.labels[rows], kind="stable")]
+        save_png(options.grid, image_grid(store[rows][0], columns=10))
+        print(f"  picture      {options.grid}")
+
+
+def stats(options: argparse.Namespace) -> None:
+    """Write reference statistics."""
+    store = ImageStore(options.store)
+    init = {} if options.weights is None else {"weights": options.weights}
+    extractor = build_features({"class_path": options.features, "init_args": init}, "--features")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    extractor.load().to(device)
+    found = reference_statistics(
+        store.images,
+        store.fingerprint,
+        extractor,
+        cache=None,
+        device=device,
+        batch=options.batch,
+    )
+    with replacing(options.out) as file:
+        np.savez(
+            file,
+            mu=found.mu.numpy(),
+            sigma=found.sigma.numpy(),
+            n=np.array(found.n),
+            fingerprint=np.array(store.fingerprint),
+            features=np.array(extractor.fingerprint),
+        )
+    print(f"{options.out}: mu and sigma of {found.n:,} images over {extractor.name}")
+
+
+def build_features(config: Any, where: str) -> FeatureExtractor:
+    """A feature extractor from its config.
+
+    Raises:
+        InputError: If it is not one of this package.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    check_class_paths(config, where)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--features", type=FeatureExtractor)
+    try:
+        built = parser.instantiate_classes(parser.parse_object({"features": config}))["features"]
+    except ArgumentError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{where} does not describe features: {reason}") from error
+    assert isinstance(built, FeatureExtractor)
+    return built
+
+
+def prefetch(options: argparse.Namespace) -> None:
+    """Download, or find, everything that configs need from the network, and say where it is."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    if os.environ.get("CM_OFFLINE", "0") not in ("", "0"):
+        raise InputError("CM_OFFLINE is set, so nothing may be downloaded: unset it to prefetch.")
+    content: dict[str, Any] = {}
+    for name in options.config:
+        try:
+            content |= yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
+            raise InputError(f"{name} cannot be read as a YAML mapping.") from error
+    where = " and ".join(options.config)
+    fid = content.get("fid") or {}
+    if fid.get("profiles") != []:
+        extractor = build_features(fid.get("features") or {"class_path": "Inception"}, where)
+        extractor.load()
+        print(f"features  {extractor.name}: SHA-256 {extractor.fingerprint[:16]}")
+    distance = (content.get("model", {}).get("init_args") or {}).get("distance")
+    if distance is not None and "LPIPS" in str(distance):
+        from cm_lightning.objective import LPIPS
+
+        init = distance.get("init_args", {}) if isinstance(distance, dict) else {}
+        LPIPS(**init).prepare(None)
+        print("distance  LPIPS: weights are there")
+    if content.get("data") is not None:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(ImageDataModule, "data")
+        check_class_paths(content["data"], where)
+        try:
+            parsed = parser.parse_object({"data": content["data"]})
+        except ArgumentError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{where} does not describe data: {reason}") from error
+        data = parser.instantiate_classes(parsed)["data"]
+        data.prepare_data()
+        data.setup()
+        print(f"data      {data.store.path}: {data.fingerprint[:16]}, {len(data.store):,} images")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,321 @@
+"""Images in the layouts labs hold them in, read one at a time."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cm_lightning.data.readers import read_idx
+from cm_lightning.types import InputError
+
+__all__ = ["KINDS", "ImageFiles", "open_images"]
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
+Image = npt.NDArray[np.uint8]
+
+
+class ImageFiles(ABC):
+    """Numbered images with names and, perhaps, labels.
+
+    Attributes:
+        kind: Name of the layout.
+        names: Name of each image, for messages.
+        labels: Class indices ``(N,)`` int64 or ``None``.
+        note: What a user should know of this source, ``None`` for nothing.
+    """
+
+    kind: str
+    names: Sequence[str]
+    labels: npt.NDArray[np.int64] | None
+    note: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def load(self, number: int) -> Image:
+        """One image as grey levels ``(H, W, C)``, C 1 or 3.
+
+        Raises:
+            Exception: Whatever a damaged file makes its reader raise.
+        """
+
+
+def _decode(data: bytes) -> Image:
+    from PIL import Image as Pictures
+
+    with Pictures.open(io.BytesIO(data)) as picture:
+        grey = picture.mode in ("L", "1", "I;16", "LA")
+        array = np.asarray(picture.convert("L" if grey else "RGB"))
+    return array[..., None] if array.ndim == 2 else array
+
+
+class _Folder(ImageFiles):
+    """Files below a folder: labels from ``dataset.json``, from one folder per class, or none."""
+
+    def __init__(self, root: Path, kind: str) -> None:
+        self.root, self.kind = root, kind
+        found = [path for path in root.rglob("*") if path.suffix.lower() in PICTURES]
+        names = sorted(path.relative_to(root).as_posix() for path in found)
+        self.names, self.labels = names, None
+        if kind == "edm":
+            text = (root / "dataset.json").read_text(encoding="utf-8")
+            self.labels = _edm_labels(text, names, root)
+        elif kind == "imagefolder":
+            flat = [name for name in names if "/" not in name]
+            if flat:
+                raise InputError(f"{root} has images outside its class folders, as {flat[0]}.")
+            classes = {name: i for i, name in enumerate(sorted({n.split("/")[0] for n in names}))}
+            self.labels = np.array([classes[name.split("/")[0]] for name in names], np.int64)
+
+    def load(self, number: int) -> Image:
+        """Decode a file."""
+        return _decode((self.root / self.names[number]).read_bytes())
+
+
+class _Zip(ImageFiles):
+    """A zip of NVIDIA's dataset_tool: pictures and ``dataset.json``."""
+
+    kind = "edm"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: zipfile.ZipFile | None = None
+        content = self._open().namelist()
+        self.names = sorted(n for n in content if Path(n).suffix.lower() in PICTURES)
+        self.labels = None
+        if "dataset.json" in content:
+            text = self._open().read("dataset.json").decode()
+            self.labels = _edm_labels(text, self.names, path)
+
+    def _open(self) -> zipfile.ZipFile:
+        if self._file is None:
+            try:
+                self._file = zipfile.ZipFile(self.path)
+            except zipfile.BadZipFile as error:
+                raise InputError(f"{self.path} is no whole zip file.") from error
+        return self._file
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}
+
+    def load(self, number: int) -> Image:
+        """Decode a member."""
+        return _decode(self._open().read(self.names[number]))
+
+
+def _edm_labels(text: str, names: Sequence[str], where: Path) -> npt.NDArray[np.int64] | None:
+    """Labels by name from ``dataset.json``: ``{"labels": [[name, class], ...]}`` or null."""
+    try:
+        pairs = json.loads(text)["labels"]
+        if pairs is None:
+            return None
+        labels = {str(name).replace("\\", "/"): int(label) for name, label in pairs}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"dataset.json of {where} does not list pairs of name and class."
+        ) from error
+    for name in names:
+        if name not in labels:
+            raise InputError(f"dataset.json of {where} has no label for {name}.")
+    return np.array([labels[name] for name in names], np.int64)
+
+
+class _Arrays(ImageFiles):
+    """Images that are in memory already."""
+
+    def __init__(
+        self,
+        kind: str,
+        images: npt.NDArray[np.uint8],
+        labels: npt.NDArray[np.int64] | None,
+        note: str | None = None,
+    ) -> None:
+        if labels is not None and labels.shape != (len(images),):
+            raise InputError(f"There are {len(images)} images and labels of shape {labels.shape}.")
+        self.kind, self.images, self.labels, self.note = kind, images, labels, note
+        self.names = [f"image {i}" for i in range(len(images))]
+
+    def load(self, number: int) -> Image:
+        """The image."""
+        image: Image = self.images[number]
+        return image
+
+
+class _CIFARUnpickler(pickle.Unpickler):
+    """Reads the python batches of CIFAR and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Allow what an array of bytes is made of."""
+        allowed: dict[tuple[str, str], Any] = {
+            ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+            ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+            ("_codecs", "encode"): _encode,
+        }
+        if (module, name) not in allowed:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return allowed[module, name]
+
+
+def _reconstruct(cls: Any, shape: Any, code: Any) -> npt.NDArray[Any]:
+    if cls is not np.ndarray or shape != (0,):
+        raise pickle.UnpicklingError("it makes something else than an array")
+    return np.empty(0, np.uint8)
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"it encodes to {encoding}")
+    return text.encode("latin1")
+
+
+def _cifar(root: Path) -> ImageFiles:
+    batches = sorted(root.glob("data_batch_*")) or [root / "train"]
+    images, labels = [], []
+    for path in batches:
+        try:
+            with path.open("rb") as file:
+                content = _CIFARUnpickler(file, encoding="latin1").load()
+            pixels = np.asarray(content["data"])
+            labels += list(content["labels" if "labels" in content else "fine_labels"])
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # readers of damaged files raise whatever they stumble over
+            raise InputError(f"{path} is no python batch of CIFAR ({error}).") from error
+        if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
+            raise InputError(f"{path} holds {pixels.dtype} {pixels.shape}, not rows of 3072 bytes.")
+        images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    return _Arrays("cifar", np.concatenate(images), np.asarray(labels, np.int64))
+
+
+def _npz(path: Path) -> dict[str, npt.NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is no .npz of plain arrays.") from error
+
+
+def _adm(path: Path) -> ImageFiles:
+    arrays = _npz(path)
+    images, labels = arrays["arr_0"], arrays.get("arr_1")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise InputError(
+            f"arr_0 of {path} must be uint8 (N, H, W, 1 or 3), got {images.dtype} {images.shape}."
+        )
+    return _Arrays("adm", images, None if labels is None else labels.astype(np.int64))
+
+
+def _downsampled(paths: Sequence[Path]) -> ImageFiles:
+    images, labels = [], []
+    for path in paths:
+        arrays = _npz(path)
+        pixels = arrays["data"]
+        side = round((pixels.shape[1] / 3) ** 0.5) if pixels.ndim == 2 else 0
+        if pixels.dtype != np.uint8 or pixels.ndim != 2 or 3 * side * side != pixels.shape[1]:
+            raise InputError(
+                f"`data` of {path} is {pixels.dtype} {pixels.shape}, not square images."
+            )
+        images.append(pixels.reshape(-1, 3, side, side).transpose(0, 2, 3, 1))
+        labels.append(arrays["labels"].astype(np.int64) - 1)
+    note = (
+        "Chrabaszcz et al. squash whole images to a square: another distribution than the centre "
+        "crops that EDM, ECT and SCT use. Frechet distances of the two cannot be compared."
+    )
+    return _Arrays("downsampled", np.concatenate(images), np.concatenate(labels), note)
+
+
+def _idx(root: Path) -> ImageFiles:
+    found = {}
+    for stem in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+        for name in (f"train-{stem}", f"train-{stem}.gz"):
+            if (root / name).is_file():
+                found[stem] = read_idx(root / name)
+                break
+    images = found["images-idx3-ubyte"]
+    labels = found.get("labels-idx1-ubyte")
+    if images.dtype != np.uint8:
+        raise InputError(f"The IDX files of {root} hold {images.dtype}, not grey levels.")
+    return _Arrays("idx", images[..., None], None if labels is None else labels.astype(np.int64))
+
+
+KINDS = {
+    "edm": "zip or folder of NVIDIA's dataset_tool, with dataset.json",
+    "imagefolder": "one folder of pictures per class",
+    "cifar": "CIFAR's python batches",
+    "downsampled": "downsampled ImageNet of Chrabaszcz et al.: train_data_batch_*.npz",
+    "adm": ".npz with arr_0 and perhaps arr_1",
+    "idx": "the MNIST family: train-images-idx3-ubyte, gzipped or not",
+    "flat": "any folder of pictures, without labels",
+}
+
+
+def open_images(source: str | Path, kind: str | None = None) -> ImageFiles:
+    """Open a source of images.
+
+    Args:
+        source: File or folder.
+        kind: One of :data:`KINDS`, ``None`` to find out.
+
+    Raises:
+        InputError: If it is none of the layouts, empty, or damaged.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise InputError(f"There are no images at {path}: it does not exist.")
+    kind = kind or _guess(path)
+    try:
+        found = _open(path, kind)
+    except (KeyError, FileNotFoundError) as error:
+        raise InputError(f"{path} is not laid out as {kind}: {KINDS[kind]} ({error}).") from error
+    if not len(found):
+        raise InputError(f"{path} holds no images ({KINDS[kind]}).")
+    if found.labels is not None and found.labels.min() < 0:
+        raise InputError(f"{path} has labels below 0.")
+    return found
+
+
+def _open(path: Path, kind: str) -> ImageFiles:
+    if kind == "edm":
+        return _Folder(path, kind) if path.is_dir() else _Zip(path)
+    if kind == "cifar":
+        return _cifar(path)
+    if kind == "adm":
+        return _adm(path)
+    if kind == "downsampled":
+        return _downsampled(sorted(path.glob("*.npz")) if path.is_dir() else [path])
+    if kind == "idx":
+        return _idx(path)
+    return _Folder(path, kind)
+
+
+def _guess(path: Path) -> str:
+    if path.is_file():
+        if path.suffix == ".zip":
+            return "edm"
+        if path.suffix == ".npz":
+            return "adm" if "arr_0" in _npz(path) else "downsampled"
+        raise InputError(f"{path} is neither a folder nor a .zip or .npz file.")
+    names = {item.name for item in path.iterdir()}
+    if "dataset.json" in names:
+        return "edm"
+    if any(name.startswith("train-images-idx3-ubyte") for name in names):
+        return "idx"
+    if "data_batch_1" in names or ({"train", "meta"} <= names and (path / "train").is_file()):
+        return "cifar"
+    if any(name.endswith(".npz") for name in names):
+        return "downsampled"
+    folders = [item for item in path.iterdir() if item.is_dir()]
+    pictures = any(Path(name).suffix.lower() in PICTURES for name in names)
+    return "imagefolder" if folders and not pictures else "flat"
