@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cm_lightning import bench
+from cm_lightning.cli.study import read_study
+from cm_lightning.evaluation import save_png
 from tests.data.test_readers import write_idx
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +26,8 @@ def blocks(language: str) -> list[str]:
 
 
 def lines() -> list[str]:
-    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    joined = [block.replace("\\\n", " ") for block in blocks("bash")]
+    return [line for block in joined for line in block.splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,8 @@ def place(tmp_path_factory):
     (path / "configs").symlink_to(ROOT / "configs")
     images = np.random.default_rng(0).integers(0, 256, (300, 28, 28))
     write_idx(path / "fashion", images=images, labels=np.arange(300) % 10)
+    for number in range(12):
+        save_png(path / "photographs" / f"{number}.png", images[number, :20, :25, None].astype(np.uint8))
     patch = pytest.MonkeyPatch()
     patch.chdir(path)
     patch.setenv("CM_HOME", str(path / "home"))
@@ -41,11 +47,13 @@ def place(tmp_path_factory):
 
 
 def run(program: str, words: list[str], monkeypatch) -> None:
-    from cm_lightning.cli import fit, sample
+    from cm_lightning.cli import data, evaluate, fit, sample, weights
 
+    programs = {"cm-fit": fit, "cm-sample": sample, "cm-eval": evaluate}
+    programs |= {"cm-weights": weights, "cm-data": data}
     monkeypatch.setattr(sys, "argv", [program, *words])
     with contextlib.suppress(SystemExit) if "--print_config" in words else contextlib.nullcontext():
-        {"cm-fit": fit.main, "cm-sample": sample.main}[program]()
+        programs[program].main()
 
 
 def shrink(words: list[str], place: Path) -> list[str]:
@@ -73,13 +81,24 @@ def test_commands_in_order(place, monkeypatch):
         program, *words = shlex.split(line)
         if program == "cm-fit":
             run(program, shrink(words, place), monkeypatch)
-        elif program == "cm-sample":  # the shrunk runs have another profile
-            words = [word.replace("ema_0.993", "ema_0.9") for word in words]
+        elif program == "cm-study":
+            for arm in read_study(Path(words[0])).arms.values():
+                assert arm.config.is_file()
+        elif program == "python":
+            assert words[:2] == ["-m", "cm_lightning.bench"]
+            tiny = ["--network", "small", "--sizes", "8", "--batch", "2", "--repeats", "1"]
+            bench.main([words[2], *tiny])
+        elif program in ("cm-sample", "cm-eval", "cm-weights", "cm-data"):
+            # the shrunk runs have another profile, and fewer samples will do
+            words = [word.replace("ema_0.993", "ema_0.9").replace("2000", "66") for word in words]
             run(program, words, monkeypatch)
         else:
             assert program in ("make", "cd", "git", "pip")
     assert (place / "pictures" / "grid.png").exists()
     assert (place / "samples" / "samples.npz").exists()
+    assert (place / "mid" / "mid.png").exists()
+    assert (place / "portable" / "README.md").exists()
+    assert (place / "data" / "mine.png").exists()
 
 
 def test_python_blocks(place, monkeypatch):
@@ -88,6 +107,7 @@ def test_python_blocks(place, monkeypatch):
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
     assert (place / "digits.png").exists()
+    assert (place / "schedules.png").exists()
 
 
 def test_files_named_in_the_readme_exist():

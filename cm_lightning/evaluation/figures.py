@@ -128,7 +128,7 @@ def schedules_figure(
             t, r = law.sample(n, nimg, device, torch.Generator().manual_seed(0))
             order = t.argsort()
             gap = (1 - r / t)[order]
-            axis.plot(t[order], gap, color=_colour(number, 5), label=f"{nimg / 1000:g} kimg")
+            axis.plot(t[order], gap, color=_colour(number, 5), label=f"{nimg / 1000:.4g} kimg")
         axis.set_title(f"(t − r) / t over t: {name}", fontsize=9)
         axis.set_xlabel("t")
         axis.set_xscale("log")
