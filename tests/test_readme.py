@@ -38,7 +38,9 @@ def place(tmp_path_factory):
     images = np.random.default_rng(0).integers(0, 256, (300, 28, 28))
     write_idx(path / "fashion", images=images, labels=np.arange(300) % 10)
     for number in range(12):
-        save_png(path / "photographs" / f"{number}.png", images[number, :20, :25, None].astype(np.uint8))
+        save_png(
+            path / "photographs" / f"{number}.png", images[number, :20, :25, None].astype(np.uint8)
+        )
     patch = pytest.MonkeyPatch()
     patch.chdir(path)
     patch.setenv("CM_HOME", str(path / "home"))

@@ -64,6 +64,8 @@ class FIDCallback(StepCallback):
             all tracked ones; an empty list switches the callback off.
         reference: ``"auto"`` for statistics of the training images, cached beside the data store,
             or the path of an EDM/ADM ``.npz`` with ``mu`` and ``sigma``.
+        accept_reference: Whether to take a reference file that says it was made from other images
+            or features.
         seed: Seed of the noise, the same at every evaluation.
         required: Whether a missing feature extractor stops the run; otherwise training goes on
             without this metric, after a clear message.
@@ -83,6 +85,7 @@ class FIDCallback(StepCallback):
         reference: str = "auto",
         seed: int = 0,
         required: bool = False,
+        accept_reference: bool = False,
     ) -> None:
         check_samplers(samplers)
         check_interval("fid", every_kimg)
@@ -99,6 +102,7 @@ class FIDCallback(StepCallback):
         self.reference = reference
         self.seed = seed
         self.required = required
+        self.accept_reference = accept_reference
         self.enabled = profiles is None or len(profiles) > 0
         self.best: dict[str, tuple[float, float]] = {}
         """Lowest value of each metric and the kimg at which it was reached."""
@@ -126,6 +130,12 @@ class FIDCallback(StepCallback):
                 raise
             self.enabled = False
             say(f"No {self.features.metric} in this run: {error}")
+            return
+        if self.reference != "auto" and not self.accept_reference:
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            load_statistics(
+                self.reference, data=data.fingerprint, features=self.features.fingerprint
+            )
 
     def _check_profiles(self, ema: EMACallback) -> None:
         for name in self.profiles or []:

@@ -141,6 +141,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--guidance", type=float, nargs="+", default=[1.0], metavar="W", help="scales [1]")
     add("--worse_ema", metavar="NAME", help="guide by this profile or snapshot, as ema_0.9999@0.5")
     add("--worse", metavar="RUN", help="guide by another run; without either by missing labels")
+    add(
+        "--accept_reference",
+        action="store_true",
+        help="take a reference file that says it was made from other images or features",
+    )
     add("--npz", action="store_true", help="keep the samples of the first seed (arr_0: uint8)")
     add("--batch", type=int, default=256, help="images per network call [256]")
     add("--accelerator", default="auto", help="cpu, gpu, ... [auto]")
@@ -402,7 +407,9 @@ def prepare_reference(against: Against, options: argparse.Namespace, fabric: L.F
         fabric.barrier()
         data.setup()
     if against.reference != "auto":
-        mu, sigma = load_statistics(against.reference)
+        known = None if data is None or options.accept_reference else data.fingerprint
+        features = None if options.accept_reference else extractor.fingerprint
+        mu, sigma = load_statistics(against.reference, data=known, features=features)
         statistics = Statistics(mu, sigma, 0)
     else:
         assert data is not None

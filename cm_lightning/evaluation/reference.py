@@ -94,17 +94,23 @@ def reference_statistics(
     return result
 
 
-def load_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
+def load_statistics(
+    path: str | Path, *, data: str | None = None, features: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Read published statistics: an ``.npz`` of EDM or ADM with ``mu`` and ``sigma``.
 
     Args:
         path: The file. Nothing in it is unpickled.
+        data: Fingerprint of the images samples are to be compared with. A file that carries the
+            fingerprint of others is refused (those of ``cm-data stats`` do, EDM's and ADM's not).
+        features: The same for the fingerprint of the features.
 
     Returns:
         Mean ``(D,)`` and covariance ``(D, D)`` of the features, float64.
 
     Raises:
-        InputError: If the file is missing or holds no such pair of finite arrays.
+        InputError: If the file is missing, holds no such pair of finite arrays, or is of other
+            images or features.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -118,6 +124,15 @@ def load_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
             f"{path} has no `{missing[0]}`; reference statistics need `mu` and `sigma`, the file "
             f"has {sorted(arrays)}."
         )
+    for key, wanted in (("fingerprint", data), ("features", features)):
+        found = str(arrays.get(key, wanted))
+        if wanted is not None and found != wanted:
+            what = "images" if key == "fingerprint" else "features"
+            raise InputError(
+                f"{path} was made from other {what} ({found[:16]}, here {wanted[:16]}), so a "
+                "distance to it would compare with nothing: make statistics of these by cm-data "
+                "stats, or accept it all the same (accept_reference)."
+            )
     mu, sigma = arrays["mu"], arrays["sigma"]
     if (
         mu.ndim != 1

@@ -413,6 +413,32 @@ def test_training_on_a_store(pictures, program, tmp_path):  # noqa: F811
     assert "CM_OFFLINE is set" in done.err
 
 
+def test_statistics_of_other_images_are_refused(pictures, program, tmp_path):  # noqa: F811
+    from tests.cli.conftest import DIGITS, TINY
+
+    images, labels = pictures
+    source = make_adm(tmp_path / "in", images[:, :8, :8, :1], labels)
+    store, stats = tmp_path / "store", tmp_path / "stats.npz"
+    assert program("cm-data", "convert", source, "--out", store).code == 0
+    words = ["cm-data", "stats", store, "--features", "DigitsFeatures", "--out", stats]
+    assert program(*words).code == 0
+    words = ["--config", DIGITS, "--config", TINY, "--model.total_kimg", 0.064]
+    words += ["--fid.reference", stats, "--run_dir"]
+    refused = program("cm-fit", *words, tmp_path / "a")
+    assert refused.code == 2
+    assert "was made from other images" in refused.err
+    assert not (tmp_path / "a").exists()
+    taken = program("cm-fit", *words, tmp_path / "b", "--fid.accept_reference", "true")
+    assert taken.code == 0, taken.err
+    own = ["--data.source", "Store", "--data.source.path", store, "--data.global_batch", 16]
+    own += ["--model.denoiser.backbone.label_dim", 3, "--data.micro_batch", 16]
+    done = program("cm-fit", *words, tmp_path / "c", *own)
+    assert done.code == 0, done.err
+    words = ["cm-eval", tmp_path / "b", "--n", 6, "--seeds", 0, "--sigmas", 80]
+    assert "was made from other images" in program(*words).err
+    assert program(*words, "--accept_reference").code == 0
+
+
 def test_prefetch(pictures, program, tmp_path, monkeypatch):  # noqa: F811
     from tests.cli.conftest import DIGITS
 
