@@ -49,10 +49,10 @@ def place(tmp_path_factory):
 
 
 def run(program: str, words: list[str], monkeypatch) -> None:
-    from cm_lightning.cli import data, evaluate, fit, sample, weights
+    from cm_lightning.cli import compare, data, evaluate, fit, sample, weights
 
     programs = {"cm-fit": fit, "cm-sample": sample, "cm-eval": evaluate}
-    programs |= {"cm-weights": weights, "cm-data": data}
+    programs |= {"cm-weights": weights, "cm-data": data, "cm-compare": compare}
     monkeypatch.setattr(sys, "argv", [program, *words])
     with contextlib.suppress(SystemExit) if "--print_config" in words else contextlib.nullcontext():
         programs[program].main()
@@ -90,7 +90,7 @@ def test_commands_in_order(place, monkeypatch):
             assert words[:2] == ["-m", "cm_lightning.bench"]
             tiny = ["--network", "small", "--sizes", "8", "--batch", "2", "--repeats", "1"]
             bench.main([words[2], *tiny])
-        elif program in ("cm-sample", "cm-eval", "cm-weights", "cm-data"):
+        elif program in ("cm-sample", "cm-eval", "cm-weights", "cm-data", "cm-compare"):
             # the shrunk runs have another profile, and fewer samples will do
             words = [word.replace("ema_0.993", "ema_0.9").replace("2000", "66") for word in words]
             run(program, words, monkeypatch)
@@ -100,6 +100,7 @@ def test_commands_in_order(place, monkeypatch):
     assert (place / "samples" / "samples.npz").exists()
     assert (place / "mid" / "mid.png").exists()
     assert (place / "portable" / "README.md").exists()
+    assert (place / "comparison" / "comparison.html").exists()
     assert (place / "data" / "mine.png").exists()
 
 

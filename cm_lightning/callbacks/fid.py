@@ -111,6 +111,19 @@ class FIDCallback(StepCallback):
         self._metric: FrechetDistance | None = None
         self._trial = False
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What values depend on besides the model and the data; empty if nothing is measured."""
+        if not self.enabled:
+            return {}
+        return {
+            "features": self.features.name,
+            "features_sha256": self.features.fingerprint,
+            "n": self.n,
+            "reference": self.reference,
+            "seed": self.seed,
+        }
+
     def make_trial(self) -> None:
         """Turn later evaluations into a test of the path: a few images, nothing cached."""
         self._trial = True

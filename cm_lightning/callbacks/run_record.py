@@ -128,11 +128,11 @@ class RunRecordCallback(L.Callback):
 
 
 def results(trainer: L.Trainer) -> dict[str, dict[str, Any]]:
-    """Last and best Frechet distances."""
+    """Last and best Frechet distances, and what they were measured with."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, FIDCallback):
             best = {key: {"value": v, "kimg": kimg} for key, (v, kimg) in callback.best.items()}
-            return {"last": callback.last, "best": best}
+            return {"last": callback.last, "best": best, "measured_with": callback.identity}
     return {"last": {}, "best": {}}
 
 

@@ -24,9 +24,10 @@ def program(monkeypatch, capsys):
     """``program("cm-fit", "--config", ...)`` runs as from a shell; returns code, stdout, stderr."""
 
     def run(name: str, *arguments: object) -> Done:
-        from cm_lightning.cli import data, evaluate, fit, sample, study, weights
+        from cm_lightning.cli import compare, data, evaluate, fit, sample, study, weights
 
         programs = {
+            "cm-compare": compare,
             "cm-data": data,
             "cm-eval": evaluate,
             "cm-fit": fit,
