@@ -100,18 +100,19 @@ def inspect(options: argparse.Namespace) -> None:
     path = Path(options.source)
     if is_public(path):
         denoiser, info, config = load_public(path, resolution=options.resolution)
-        arguments = config["init_args"]["backbone"]["init_args"]
         print(f"{path}: {info['kind']}")
-        print(summary(denoiser))
-        print("  arguments   " + ", ".join(f"{key} {value}" for key, value in arguments.items()))
-        print(f"  licence     {info['licence']}")
-        return
-    denoiser, info, _ = load_weights(path)
-    print(f"{path}: {info.get('regime')}, EMA profile {info.get('ema')}")
+    else:
+        denoiser, info, config = load_weights(path)
+        print(f"{path}: {info.get('regime')}, EMA profile {info.get('ema')}")
     print(summary(denoiser))
-    for key in ("kimg", "data_fingerprint", "source", "licence"):
+    arguments = (config["init_args"].get("backbone") or {}).get("init_args") or {}
+    if arguments:
+        print("  arguments   " + ", ".join(f"{key} {value}" for key, value in arguments.items()))
+    for key in ("kimg", "data_fingerprint", "source"):
         if info.get(key) is not None:
             print(f"  {key.replace('_', ' '):<11} {info[key]}")
+    licence = "; ".join(licences(info)) or "that of the data and of whoever trained the weights"
+    print(f"  licence     {licence}")
 
 
 def bring(options: argparse.Namespace) -> None:

@@ -151,7 +151,7 @@ class _Arrays(ImageFiles):
         return image
 
 
-class _CIFARUnpickler(pickle.Unpickler):
+class _CIFARUnpickler(pickle._Unpickler):  # the one in C takes memory for memos a file claims
     """Reads the python batches of CIFAR and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:

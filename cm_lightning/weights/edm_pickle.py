@@ -118,7 +118,7 @@ def _known() -> dict[tuple[str, str], Any]:
     }
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(pickle._Unpickler):  # the one in C takes memory for memos a file claims
     """An unpickler that knows a fixed list of names."""
 
     def __init__(self, file: Any) -> None:

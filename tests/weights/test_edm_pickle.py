@@ -6,8 +6,10 @@ import collections
 import json
 import os
 import pickle
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from torch import nn
 from cm_lightning.networks import ADMUNet, EDM2Precond, EDM2UNet, EDMPrecond, SongUNet
 from cm_lightning.types import InputError
 from cm_lightning.weights import from_pretrained, read_edm_pickle
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -252,6 +256,9 @@ HOSTILE = {
     "extension code": b"\x80\x02\x82\x01.",
     "a length of 2^31": b"\x80\x04\x8e" + (2**31).to_bytes(8, "little") + b"x.",
     "a length of 2^62": b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x.",
+    "a memo of 2^31": b"\x80\x04Nr\xff\xff\xff\x7f.",
+    "an array of 2^40 elements": b"\x80\x04\x95" + (2**40).to_bytes(8, "little") + b"N.",
+    "a bytearray of 2^40": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"x.",
     "large tensor": reaching((2**40,), (1,)),
     "negative stride": reaching((4,), (-1,)),
     "empty": b"",
@@ -272,6 +279,31 @@ def test_hostile_files_are_refused_in_one_sentence(name, program, tmp_path, monk
         assert len(done.err.strip().splitlines()) == 1, done.err
         assert "Traceback" not in done.err
     assert [p.name for p in tmp_path.iterdir()] == ["evil.pkl"]
+
+
+def test_hostile_files_take_no_memory(tmp_path):
+    """All of them together, read in a fresh process, whose peak is measured before and after."""
+    for number, content in enumerate(HOSTILE.values()):
+        (tmp_path / f"{number}.pkl").write_bytes(content)
+    code = """
+import pathlib, resource, sys
+from cm_lightning.types import InputError
+from cm_lightning.weights import read_edm_pickle
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    try:
+        read_edm_pickle(path)
+    except InputError:
+        continue
+    sys.exit(f"{path} was read")
+print(peak() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100_000  # KiB; a memo of 2^31 entries alone would take 16 GiB
 
 
 def test_storages_are_read_as_weights_only(tmp_path, monkeypatch):
