@@ -1,5 +1,6 @@
 """Data: sources, the memory-mapped store, the order of images, and the LightningDataModule."""
 
+from cm_lightning.data.augment import EDMAugment
 from cm_lightning.data.convert import TRANSFORMS, Transform, convert
 from cm_lightning.data.layouts import KINDS, ImageFiles, open_images
 from cm_lightning.data.module import BatchPlan, ImageDataModule, RawBatch
@@ -14,6 +15,7 @@ __all__ = [
     "TRANSFORMS",
     "BatchPlan",
     "Digits",
+    "EDMAugment",
     "ImageDataModule",
     "ImageFiles",
     "ImageStore",

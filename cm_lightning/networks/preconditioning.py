@@ -88,13 +88,21 @@ class Precond(Denoiser):
         """Classes of the backbone, 0 if unconditional."""
         return int(getattr(self.backbone, "label_dim", 0))
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
         """Denoise.
 
         Args:
             x: Noisy images, ``(B, C, H, W)``.
             sigma: Noise levels > 0, ``(B,)``.
             labels: Class indices ``(B,)`` with -1 for "no class", or ``None``.
+            augment_labels: What augmentation did to the images, ``(B, augment_dim)``, or ``None``
+                for nothing.
 
         Returns:
             ``(B, C, H, W)``, fp32 or float64 as ``x``.
@@ -114,7 +122,8 @@ class Precond(Denoiser):
             rows = rows * (labels >= 0)[:, None]
         inside = next(self.backbone.parameters(), x).dtype
         noise = c_noise if self.noise_scale == 1 else c_noise * self.noise_scale
-        raw: Tensor = self.backbone((expand(c_in, x) * x).to(inside), noise, rows)
+        told = () if augment_labels is None else (augment_labels,)
+        raw: Tensor = self.backbone((expand(c_in, x) * x).to(inside), noise, rows, *told)
         return expand(c_skip, x) * x + expand(c_out, x) * raw.to(dtype)
 
 

@@ -16,7 +16,6 @@ from PIL import Image
 from cm_lightning.data import ImageStore, Transform, convert, open_images
 from cm_lightning.data import convert as convert_module
 from cm_lightning.types import InputError
-from tests.cli.conftest import program  # noqa: F401
 from tests.data.test_readers import write_idx
 
 NONE = Transform("none", None, None)
@@ -96,7 +95,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_every_layout_gives_the_same_pixels_and_labels(maker, pictures, program, tmp_path):  # noqa: F811
+def test_every_layout_gives_the_same_pixels_and_labels(maker, pictures, program, tmp_path):
     images, labels = pictures
     source = MAKERS[maker](tmp_path / "in", images, labels)
     done = program("cm-data", "convert", source, "--out", tmp_path / "store")
@@ -247,7 +246,7 @@ def test_the_beginning_of_another_conversion_is_not_mixed_in(pictures, tmp_path,
         convert(open_images(source), tmp_path / "out", Transform("resize", 8, None))
 
 
-def test_corrupt_files_are_named_and_left_out_on_request(pictures, program, tmp_path):  # noqa: F811
+def test_corrupt_files_are_named_and_left_out_on_request(pictures, program, tmp_path):
     images, labels = pictures
     source = make_edm(tmp_path / "in", images, labels)
     broken = ["00000/img00000003.png", "00002/img00000029.png"]
@@ -269,7 +268,7 @@ def test_corrupt_files_are_named_and_left_out_on_request(pictures, program, tmp_
     assert "left out     2 images" in program("cm-data", "inspect", tmp_path / "out").out
 
 
-def test_a_full_disk_is_told_and_nothing_is_lost(pictures, program, tmp_path, monkeypatch):  # noqa: F811
+def test_a_full_disk_is_told_and_nothing_is_lost(pictures, program, tmp_path, monkeypatch):
     module = convert_module_of()
     monkeypatch.setattr(module, "CHUNK", 10)
     source = make_edm(tmp_path / "in", *pictures)
@@ -319,7 +318,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(pictures, program, tmp_path, mo
         ),
     ],
 )
-def test_bad_sources(make, message, program, tmp_path):  # noqa: F811
+def test_bad_sources(make, message, program, tmp_path):
     make(tmp_path / "in")
     done = program("cm-data", "convert", tmp_path / "in", "--out", tmp_path / "out")
     assert done.code == 2
@@ -332,7 +331,7 @@ class Evil:
         return os.system, ("touch canary",)
 
 
-def test_hostile_batches_are_refused(program, tmp_path, monkeypatch):  # noqa: F811
+def test_hostile_batches_are_refused(program, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "data_batch_1").write_bytes(pickle.dumps({"data": Evil(), "labels": [1]}))
@@ -353,7 +352,7 @@ def test_hostile_batches_are_refused(program, tmp_path, monkeypatch):  # noqa: F
         (["--kind", "cifar"], "is not laid out as cifar"),
     ],
 )
-def test_bad_options(words, message, pictures, program, tmp_path):  # noqa: F811
+def test_bad_options(words, message, pictures, program, tmp_path):
     source = make_edm(tmp_path / "in", *pictures)
     done = program("cm-data", "convert", source, "--out", tmp_path / "out", *words)
     assert done.code == 2
@@ -361,7 +360,7 @@ def test_bad_options(words, message, pictures, program, tmp_path):  # noqa: F811
     assert program("cm-data", "convert", source, "--out", tmp_path).err.count("exists already") == 1
 
 
-def test_inspect_and_stats(pictures, program, tmp_path):  # noqa: F811
+def test_inspect_and_stats(pictures, program, tmp_path):
     images, labels = pictures
     small = images[:, :8, :8, :1]
     source = make_adm(tmp_path / "in", small, labels)
@@ -388,7 +387,7 @@ def test_inspect_and_stats(pictures, program, tmp_path):  # noqa: F811
     assert "names the class 'os.system'" in refused.err
 
 
-def test_training_on_a_store(pictures, program, tmp_path):  # noqa: F811
+def test_training_on_a_store(pictures, program, tmp_path):
     from tests.cli.conftest import DIGITS, TINY
 
     images, labels = pictures
@@ -413,7 +412,7 @@ def test_training_on_a_store(pictures, program, tmp_path):  # noqa: F811
     assert "CM_OFFLINE is set" in done.err
 
 
-def test_statistics_of_other_images_are_refused(pictures, program, tmp_path):  # noqa: F811
+def test_statistics_of_other_images_are_refused(pictures, program, tmp_path):
     from tests.cli.conftest import DIGITS, TINY
 
     images, labels = pictures
@@ -439,7 +438,7 @@ def test_statistics_of_other_images_are_refused(pictures, program, tmp_path):  #
     assert program(*words, "--accept_reference").code == 0
 
 
-def test_prefetch(pictures, program, tmp_path, monkeypatch):  # noqa: F811
+def test_prefetch(pictures, program, tmp_path, monkeypatch):
     from tests.cli.conftest import DIGITS
 
     monkeypatch.delenv("CM_OFFLINE")
