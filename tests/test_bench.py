@@ -32,6 +32,21 @@ def test_references(capsys):
     assert "images (1, 8, 8), batch 4" in out
 
 
+def test_store(capsys, tmp_path):
+    words = ["store", "--images", "300", "--resolution", "8", "--batch", "16", "--batches", "3"]
+    words += ["--files", "20", "--folder", str(tmp_path / "store")]
+    for _ in range(2):  # the second call takes the store that is there
+        bench.main(words)
+        out = capsys.readouterr().out
+        assert "300 images (3, 8, 8)" in out
+        paces = re.findall(r"([\d,]+) images/s", out)
+        assert len(paces) == 3
+        assert all(int(pace.replace(",", "")) > 0 for pace in paces)
+    with pytest.raises(SystemExit):
+        bench.main([*words, "--images", "301"])
+    assert "store of another shape" in capsys.readouterr().err
+
+
 def test_mistakes(capsys):
     for words in (["references", "--batch", "0"], ["references", "--sizes", "0"], ["speed"]):
         with pytest.raises(SystemExit) as stop:
