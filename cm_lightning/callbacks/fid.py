@@ -150,6 +150,12 @@ class FIDCallback(StepCallback):
                 self.reference, data=data.fingerprint, features=self.features.fingerprint
             )
 
+    def metrics(self, ema: EMACallback) -> list[str]:
+        """Names of all values it measures."""
+        base = metric_name(self.features.metric, self.n)
+        names = ema.names if self.profiles is None else self.profiles
+        return [f"{base}/{name}/{sampler.name}" for name in names for sampler in self.samplers]
+
     def _check_profiles(self, ema: EMACallback) -> None:
         for name in self.profiles or []:
             if name != "live" and name not in ema.names:
