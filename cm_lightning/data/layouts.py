@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cm_lightning.data.readers import read_idx
+from cm_lightning.files import read_pickled_arrays
 from cm_lightning.types import InputError
 
 __all__ = ["KINDS", "ImageFiles", "open_images"]
@@ -151,42 +151,12 @@ class _Arrays(ImageFiles):
         return image
 
 
-class _CIFARUnpickler(pickle._Unpickler):  # the one in C takes memory for memos a file claims
-    """Reads the python batches of CIFAR and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Allow what an array of bytes is made of."""
-        allowed: dict[tuple[str, str], Any] = {
-            ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-            ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
-            ("_codecs", "encode"): _encode,
-        }
-        if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return allowed[module, name]
-
-
-def _reconstruct(cls: Any, shape: Any, code: Any) -> npt.NDArray[Any]:
-    if cls is not np.ndarray or shape != (0,):
-        raise pickle.UnpicklingError("it makes something else than an array")
-    return np.empty(0, np.uint8)
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"it encodes to {encoding}")
-    return text.encode("latin1")
-
-
 def _cifar(root: Path) -> ImageFiles:
     batches = sorted(root.glob("data_batch_*")) or [root / "train"]
     images, labels = [], []
     for path in batches:
         try:
-            with path.open("rb") as file:
-                content = _CIFARUnpickler(file, encoding="latin1").load()
+            content = read_pickled_arrays(path)
             pixels = np.asarray(content["data"])
             labels += list(content["labels" if "labels" in content else "fine_labels"])
         except FileNotFoundError:

@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 
 from cm_lightning.evaluation.features import FeatureExtractor
 from cm_lightning.evaluation.images import replacing
+from cm_lightning.files import read_pickled_arrays
 from cm_lightning.types import InputError
 
 __all__ = ["Statistics", "load_statistics", "reference_statistics"]
@@ -97,10 +98,11 @@ def reference_statistics(
 def load_statistics(
     path: str | Path, *, data: str | None = None, features: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Read published statistics: an ``.npz`` of EDM or ADM with ``mu`` and ``sigma``.
+    """Read published statistics: an ``.npz`` of EDM or ADM, or a ``.pkl`` of EDM2.
 
     Args:
-        path: The file. Nothing in it is unpickled.
+        path: The file, with ``mu`` and ``sigma``; EDM2's has them under ``fid``. Nothing in it is
+            executed.
         data: Fingerprint of the images samples are to be compared with. A file that carries the
             fingerprint of others is refused (those of ``cm-data stats`` do, EDM's and ADM's not).
         features: The same for the fingerprint of the features.
@@ -115,7 +117,7 @@ def load_statistics(
     path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f"The reference statistics {path} do not exist.")
-    arrays = _read_npz(path)
+    arrays = _read_pickle(path) if path.suffix == ".pkl" else _read_npz(path)
     if arrays is None:
         raise InputError(f"{path} must be an .npz of plain arrays with `mu` and `sigma`.")
     missing = [key for key in ("mu", "sigma") if key not in arrays]
@@ -213,6 +215,18 @@ def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]] | None:
             return dict(file)
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile):
         return None
+
+
+def _read_pickle(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Mean and covariance over Inception features in a file of EDM2."""
+    try:
+        found = read_pickled_arrays(path)["fid"]
+        return {key: np.asarray(found[key]) for key in ("mu", "sigma")}
+    except Exception as error:  # a damaged pickle raises whatever it stumbles over
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path} is no file of EDM2's reference statistics ({type(error).__name__}: {reason})."
+        ) from error
 
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cm_lightning.files import FixedFunction
 from cm_lightning.types import InputError
 
 __all__ = ["LICENCE", "EDMNetwork", "read_edm_pickle"]
@@ -62,25 +63,6 @@ class _Persistent(_Inert):
         self.state = meta["state"]
 
 
-class _Function:
-    """A function that a pickle can call and cannot change."""
-
-    __slots__ = ("_run",)
-    _run: Callable[..., Any]
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_run", run)
-
-    def __call__(self, *args: Any) -> Any:
-        return self._run(*args)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise TypeError("functions have no state")
-
-    def __setstate__(self, state: Any) -> None:
-        raise TypeError("functions have no state")
-
-
 def _storage(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
@@ -111,9 +93,9 @@ def _known() -> dict[tuple[str, str], Any]:
         ("builtins", "set"): set,
         ("__builtin__", "set"): set,
         ("dnnlib.util", "EasyDict"): _Dict,
-        ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor),
-        ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
-        ("torch.storage", "_load_from_bytes"): _Function(_storage),
+        ("torch._utils", "_rebuild_tensor_v2"): FixedFunction(_tensor),
+        ("torch._utils", "_rebuild_parameter"): FixedFunction(_parameter),
+        ("torch.storage", "_load_from_bytes"): FixedFunction(_storage),
         ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Persistent,
     }
 

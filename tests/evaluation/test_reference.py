@@ -1,3 +1,4 @@
+import os
 import pickle
 
 import numpy as np
@@ -193,3 +194,27 @@ def test_statistics_that_are_no_archive_are_refused(tmp_path):
     for name in ("fid.pkl", "mu.npy"):
         with pytest.raises(InputError, match=name):
             load_statistics(tmp_path / name)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch canary",)
+
+
+def test_statistics_of_edm2_are_read_and_nothing_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    mu, sigma = rng.normal(size=5), np.cov(rng.normal(size=(5, 40)))
+    path = tmp_path / "img64.pkl"
+    content = {"fid": {"mu": mu, "sigma": sigma}, "fd_dinov2": {"mu": mu + 1, "sigma": sigma}}
+    for protocol in range(2, 6):
+        path.write_bytes(pickle.dumps(content, protocol=protocol))
+        found_mu, found_sigma = load_statistics(path)
+        assert np.array_equal(found_mu.numpy(), mu)
+        assert np.array_equal(found_sigma.numpy(), sigma)
+    objects = np.array([Evil()], dtype=object)
+    for bad in ({"fid": Evil()}, {"fid": {"mu": objects, "sigma": sigma}}, {"other": 1}, [mu]):
+        path.write_bytes(pickle.dumps(bad))
+        with pytest.raises(InputError, match="no file of EDM2"):
+            load_statistics(path)
+    assert not (tmp_path / "canary").exists()
