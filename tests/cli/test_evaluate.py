@@ -210,7 +210,7 @@ def test_two_processes_equal_one(run, tmp_path):
         (["--n", "1"], "at least 2 samples"),
         (["--n", "0"], "--n must be 1 or more"),
         (["--seeds", "0", "0"], "each once"),
-        (["--sigmas", "80", "90"], "decreas"),
+        (["--sigmas", "80", "90"], "must decrease"),
         (["--sigmas", "80", "--sigmas", "80"], "asked for twice"),
         (["--mid", "3", "1", "4"], "0 < LOW < HIGH"),
         (["--mid", "3", "x", "4"], "two levels and a number"),

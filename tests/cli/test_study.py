@@ -101,7 +101,7 @@ def test_interval_is_students():
         ({"seeds": [1]}, "seeds must be two or more"),
         ({"seeds": [1, 7]}, "tune.seeds and seeds share [7]"),
         ({"compare": [["huber", "sct"]]}, "names 'sct', but its arms are ect, huber"),
-        ({"arms": {"a": {"optoins": {}}}}, "knows no 'optoins'"),
+        ({"arms": {"a": {"colour": {}}}}, "knows no 'colour'"),
         ({"arms": {"a": {"config": "none.yaml"}}}, "arms.a has no config file (none.yaml)"),
         ({"tune": {"key": "x"}}, "tune lacks"),
     ],
