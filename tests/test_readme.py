@@ -89,6 +89,9 @@ def test_commands_in_order(place, monkeypatch):
         elif program == "python":
             assert words[:2] == ["-m", "cm_lightning.bench"]
             tiny = ["--network", "small", "--sizes", "8", "--batch", "2", "--repeats", "1"]
+            if words[2] == "store":
+                tiny = ["--images", "40", "--resolution", "8", "--batch", "4", "--batches", "2"]
+                tiny += ["--folder", words[-1]]
             bench.main([words[2], *tiny])
         elif program in ("cm-sample", "cm-eval", "cm-weights", "cm-data", "cm-compare"):
             # the shrunk runs have another profile, and fewer samples will do

@@ -132,7 +132,7 @@ class ReferenceBank:
     ) -> References:
         places = index % len(self.store)
         if images is None:
-            pixels = torch.from_numpy(np.ascontiguousarray(self.store.images[places])).to(device)
+            pixels = torch.from_numpy(self.store.read(places)).to(device)
         else:
             pixels = images[torch.from_numpy(places).to(device)]
         where = torch.from_numpy(index).to(device)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import uuid
+import weakref
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from cm_lightning.version import __version__
 __all__ = ["ImageStore", "Resize", "default_cache", "store_path", "to_float", "write_store"]
 
 FORMAT = 1
+_LARGE = 1 << 28
+"""Bytes from which a store is asked for rows ahead; smaller ones stay in memory anyway."""
 CHUNK = 1 << 24
 
 
@@ -117,6 +120,7 @@ class ImageStore:
         self.path = Path(path)
         self.info = _read_info(self.path)
         self._images: npt.NDArray[np.uint8] | None = None
+        self._file: int | None = None
         images = self.images
         if list(images.shape) != self.info["shape"] or images.dtype != np.uint8:
             raise InputError(f"{self.path / 'images.npy'} is not what store.json describes.")
@@ -154,11 +158,28 @@ class ImageStore:
 
     def __getitem__(self, index: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
         """Images ``(B, C, H, W)`` uint8 and labels ``(B,)`` int64 at the given positions."""
-        images = torch.from_numpy(self.images[index])
+        images = torch.from_numpy(self.read(index))
         return images, None if self.labels is None else torch.from_numpy(self.labels[index])
 
+    def read(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """A copy of the images at the given positions, ``(B, C, H, W)``.
+
+        From a large store the system is asked for all of them before the first is touched, so a
+        cold disk serves many at once rather than one after the other.
+        """
+        images = self.images
+        if images.nbytes >= _LARGE and hasattr(os, "posix_fadvise"):
+            if self._file is None:
+                self._file = os.open(self.path / "images.npy", os.O_RDONLY)
+                weakref.finalize(self, os.close, self._file)
+            size = images[0].nbytes
+            start = os.fstat(self._file).st_size - images.nbytes
+            for row in index.tolist():
+                os.posix_fadvise(self._file, start + row * size, size, os.POSIX_FADV_WILLNEED)
+        return np.ascontiguousarray(images[index])
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_images": None}
+        return self.__dict__ | {"_images": None, "_file": None}
 
     def verify(self) -> None:
         """Read everything and compare with the fingerprint.

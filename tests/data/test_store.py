@@ -167,3 +167,25 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=r"set data\.cache"):
         make(tmp_path / "file" / "s")
+
+
+def test_reading_ahead_changes_nothing(tmp_path, monkeypatch):
+    import copy
+    import os
+    import pickle
+
+    from cm_lightning.data import store as module
+
+    images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8)
+    store = write_store(tmp_path / "s", images, None, source={}, transform=Resize())
+    index = np.array([3, 49, 3, 0])
+    plain = store.read(index)
+    asked = []
+    real = os.posix_fadvise
+    monkeypatch.setattr(module, "_LARGE", 1)
+    monkeypatch.setattr(os, "posix_fadvise", lambda *a: asked.append(a[1:3]) or real(*a))
+    for other in (store, pickle.loads(pickle.dumps(store)), copy.copy(store)):
+        assert np.array_equal(other.read(index), plain)
+    header = (tmp_path / "s" / "images.npy").stat().st_size - images.nbytes
+    assert asked == [(header + 192 * row, 192) for row in index] * 3
+    assert np.array_equal(plain, images[index].transpose(0, 3, 1, 2))
