@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cm_lightning import bench
+from cm_lightning.objective import ReferenceMean
 
 
 def test_sides_alternate():
@@ -23,13 +24,17 @@ def test_sides_alternate():
     assert min(found[1]) >= 0.02 > max(found[0])
 
 
-def test_references(capsys):
+def test_references(capsys, monkeypatch):
+    calls = []
+    real = ReferenceMean.__call__
+    monkeypatch.setattr(ReferenceMean, "__call__", lambda *a: calls.append(a) or real(*a))
     bench.main(["references", "--sizes", "4", "32", "--batch", "4", "--repeats", "2"])
     out = capsys.readouterr().out
     rows = re.findall(r"^\| ([\d,]+) \|.*\| ([\d.]+) % \|$", out, re.MULTILINE)
     assert [size for size, _ in rows] == ["4", "32"]
     assert all(0 < float(share) < 1000 for _, share in rows)
     assert "images (1, 8, 8), batch 4" in out
+    assert len(calls) == 2 * 3 * 2  # sizes, turns, the step and the estimate alone
 
 
 def test_store(capsys, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from cm_lightning.cli.study import interval, option_words, read_study
+from cm_lightning.cli.study import Arm, Study, interval, option_words, read_study, summary
 from tests.cli.conftest import DIGITS, ROOT, TINY
 
 METRIC = "fd_digits66/ema_0.9/nfe1"
@@ -87,6 +87,16 @@ def test_a_study_trains_tunes_continues_and_tabulates(study, program, tmp_path):
     assert (out / "ect" / str(lr) / "seed1/run.json").stat().st_mtime_ns == kept
     assert again.out.count("...") == 1
     assert f"[6/6] huber/{lr}/seed2" in again.out
+
+
+def test_tables_of_known_numbers(tmp_path):
+    arms = {name: Arm(tmp_path, {}) for name in ("base", "better")}
+    study = Study(arms, [1, 2, 3], None, [("better", "base")])
+    results = {"base": {"fd": [4.0, 5.0, 6.0]}, "better": {"fd": [3.0, 3.0, 3.0]}}
+    text = summary(study, {"results": results, "chosen": {}, "search": {}})
+    assert "| base | 5.000 ± 2.484 |" in text
+    assert "| better | 3.000 ± 0.000 |" in text
+    assert "| better − base | -2.000 ± 2.484 (-40.0 %) |" in text
 
 
 def test_interval_is_students():

@@ -32,6 +32,7 @@ def weights(tmp_path_factory):
             if value.ndim > 1:
                 torch.nn.init.kaiming_normal_(value, nonlinearity="relu")
         network.fc.weight.data.mul_(30)
+        network.fc.bias.data.normal_(0, 2)  # the score takes logits without it
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(network.state_dict(), path)
     return path

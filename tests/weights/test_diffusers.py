@@ -48,6 +48,7 @@ def folder(tmp_path):
     def write(name="ConsistencyPrecond", **changes):
         config = description(name, **changes)
         denoiser = randomised(build_denoiser(config, "test"))
+        denoiser.backbone.out_conv.weight.data *= 40  # so that some values leave [-1, 1]
         info = {"regime": "CD", "ema": "ema_0.999", "kimg": 5.0, "data_fingerprint": None}
         path = tmp_path / "portable"
         save_weights(path, config, denoiser.state_dict(), info)
@@ -80,7 +81,8 @@ def test_the_export_draws_the_same_images_in_diffusers(name, classes, folder, pr
     one = theirs(3, latents=noise[0].clone(), output_type="pt", **arguments).images
     ours = multistep(denoiser, noise[:1], [80.0], labels)
     assert ours.std() > 0.01
-    torch.testing.assert_close(one, as_drawn(ours), atol=1e-5, rtol=1e-4)
+    assert ours.abs().max() > 1.2
+    torch.testing.assert_close(one, as_drawn(ours), atol=1e-4, rtol=1e-4)
 
     # in two steps, with the noise that the scheduler draws and the level that it takes
     theirs.scheduler.set_timesteps(timesteps=[22, 0])
@@ -97,7 +99,7 @@ def test_the_export_draws_the_same_images_in_diffusers(name, classes, folder, pr
         **arguments,
     ).images
     ours = multistep(denoiser, torch.stack([noise[0], fresh_scaled]), [80.0, level], labels)
-    torch.testing.assert_close(two, as_drawn(ours), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(two, as_drawn(ours), atol=1e-3, rtol=1e-3)
     assert not torch.allclose(two, one, atol=0.01)
 
 
