@@ -38,12 +38,14 @@ class RawBatch(NamedTuple):
         labels: ``(B,)`` int64 or ``None``.
         index: Positions in the store, ``(B,)``.
         flip: Whether to mirror each image, ``(B,)`` bool.
+        references: Those of this batch, where every batch has its own and no image is resident.
     """
 
     images: Tensor | None
     labels: Tensor | None
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
     flip: Tensor
+    references: References | None = None
 
 
 class BatchPlan(NamedTuple):
@@ -65,8 +67,10 @@ class BatchPlan(NamedTuple):
 class _StoreDataset(Dataset[RawBatch]):
     """Whole micro-batches of a store, by :class:`Rows`."""
 
-    def __init__(self, store: ImageStore, labels: bool, images: bool) -> None:
-        self.store, self.labels, self.images = store, labels, images
+    def __init__(
+        self, store: ImageStore, labels: bool, images: bool, bank: ReferenceBank | None = None
+    ) -> None:
+        self.store, self.labels, self.images, self.bank = store, labels, images, bank
 
     def __getitem__(self, rows: Rows) -> RawBatch:
         index, flip = torch.from_numpy(rows.index), torch.from_numpy(rows.flip)
@@ -75,7 +79,10 @@ class _StoreDataset(Dataset[RawBatch]):
             assert self.store.labels is not None
             labels = torch.from_numpy(self.store.labels[rows.index])
         images = self.store[rows.index][0] if self.images else None
-        return RawBatch(images, labels, index, flip)
+        references = None
+        if self.bank is not None:
+            references = self.bank(labels, rows.nimg, torch.device("cpu"))
+        return RawBatch(images, labels, index, flip, references)
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -275,8 +282,10 @@ class ImageDataModule(L.LightningDataModule):
         device = self.trainer.strategy.root_device
         if self.resident and (self._resident is None or self._resident.device != device):
             self._resident = torch.from_numpy(self.store.images.copy()).to(device)
+        ahead = not self.resident and self._bank is not None and self._bank.fetched
+        bank = self._bank if ahead else None
         return DataLoader(
-            _StoreDataset(self.store, bool(self.num_classes), images=not self.resident),
+            _StoreDataset(self.store, bool(self.num_classes), not self.resident, bank),
             sampler=sampler,
             batch_size=None,
             num_workers=self.num_workers,
@@ -294,13 +303,13 @@ class ImageDataModule(L.LightningDataModule):
         if self.flip:
             x0 = torch.where(batch.flip[:, None, None, None], x0.flip(-1), x0)
             index = index + len(self.store) * batch.flip
-        references = None
-        if self._bank is not None:
+        references = batch.references
+        if references is None and self._bank is not None:
             nimg = int(getattr(self.trainer.lightning_module, "nimg", 0)) if self.trainer else 0
             references = self._bank(batch.labels, nimg, x0.device, self._resident)
-            if self._nearest is not None:
-                self._nearest = self._nearest.to(x0.device)
-                references = references._replace(nearest=self._nearest[batch.index])
+        if references is not None and self._nearest is not None:
+            self._nearest = self._nearest.to(x0.device)
+            references = references._replace(nearest=self._nearest[batch.index])
         return Batch(x0, batch.labels, index, references)
 
     def use_temporary_cache(self, folder: Path) -> None:

@@ -96,6 +96,12 @@ class ReferenceBank:
                 f"{counts[least]}: lower it, or set it to null for all there are."
             )
 
+    @property
+    def fetched(self) -> bool:
+        """Whether every batch has references of its own, rather than one set for all."""
+        large = self.members is not None and self.store.images.nbytes > WHOLE
+        return self.spec.n is not None or large
+
     def __call__(
         self, labels: Tensor | None, nimg: int, device: torch.device, images: Tensor | None = None
     ) -> References:
@@ -107,25 +113,28 @@ class ReferenceBank:
             device: Where they are wanted.
             images: All images of the store on that device, if they are there already.
         """
-        n = self.spec.n
-        if n is None and (self.members is None or self.store.images.nbytes <= WHOLE):
+        if not self.fetched:
             if self._whole is None or self._whole.images.device != device:
                 self._whole = self._take(np.arange(self.size), device, images)
             return self._whole
-        state = np.random.SeedSequence((self.seed, nimg, 2))
-        generator = np.random.Generator(np.random.PCG64(state))
         if self.members is None:
-            assert n is not None
-            return self._take(np.sort(generator.choice(self.size, n - 1, False)), device, images)
-        chosen = []
-        present = set() if labels is None else set(labels.tolist())
-        for label, rows in enumerate(self.members):
-            # drawn for every class, so that a class has the same subset on every device
-            draw = rows if n is None else rows[generator.choice(len(rows), n - 1, False)]
-            if label in present:
-                chosen.append(draw)
+            return self._take(self._draw(np.arange(self.size), (nimg, 2)), device, images)
+        present = (
+            [] if labels is None else sorted({label for label in labels.tolist() if label >= 0})
+        )
+        # a stream per class, so that a class has the same subset on every device
+        chosen = [self._draw(self.members[label], (nimg, 2, label)) for label in present]
         picked = np.concatenate(chosen) if chosen else np.empty(0, np.int64)
         return self._take(picked, device, images)
+
+    def _draw(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...]) -> npt.NDArray[np.int64]:
+        n = self.spec.n
+        if n is None:
+            return rows
+        generator = np.random.Generator(
+            np.random.PCG64(np.random.SeedSequence((self.seed, *stream)))
+        )
+        return np.sort(rows[generator.choice(len(rows), n - 1, replace=False)])
 
     def _take(
         self, index: npt.NDArray[np.int64], device: torch.device, images: Tensor | None

@@ -20,10 +20,12 @@ class Rows(NamedTuple):
     Attributes:
         index: Positions in the store, ``(B,)`` int64.
         flip: Whether to mirror each image, ``(B,)`` bool.
+        nimg: Images seen before the optimizer step they belong to.
     """
 
     index: npt.NDArray[np.int64]  # type: ignore[assignment]  # hides tuple.index
     flip: npt.NDArray[np.bool_]
+    nimg: int = 0
 
 
 class Order:
@@ -112,5 +114,5 @@ class StepSampler(Sampler[Rows]):
             for first in range(
                 self.rank * self.micro_batch, self.global_batch, self.world * self.micro_batch
             ):
-                yield self.order(step + first + block)
+                yield self.order(step + first + block)._replace(nimg=step)
             step += self.global_batch

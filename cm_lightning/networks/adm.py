@@ -31,9 +31,9 @@ HEAD_CHANNELS = 64
 class ADMUNet(nn.Module):
     r"""Raw network :math:`F(c_\text{in} x, c_\text{noise})` of EDM's ImageNet-64 model.
 
-    Embedding-scaled (adaptive) group norms, attention with 64 channels per head at every block of
-    the given resolutions. Arguments and parameter names are those of the public EDM checkpoint
-    (``DhariwalUNet`` there).
+    Embedding-scaled (adaptive) group norms unless told otherwise, attention with 64 channels per
+    head at every block of the given resolutions. Arguments and parameter names are those of the
+    public EDM checkpoint (``DhariwalUNet`` there).
 
     Args:
         img_resolution: Height and width of the images, divisible by 2 per level below the first.
@@ -47,6 +47,9 @@ class ADMUNet(nn.Module):
         num_blocks: Residual blocks per level.
         attn_resolutions: Resolutions with self-attention.
         dropout: Dropout probability in [0, 1).
+        dropout_resolution: Largest resolution with dropout, ``None`` for all. iCT: 16.
+        adaptive: Whether the embedding scales the group norms as well as shifting what they
+            normalise. iCT: not.
         label_dropout: Probability of dropping the class label in training, in [0, 1).
         attention: ``"sdpa"``, or ``"math"`` where forward-mode derivatives are needed.
 
@@ -67,6 +70,8 @@ class ADMUNet(nn.Module):
         num_blocks: int = 3,
         attn_resolutions: Sequence[int] = (32, 16, 8),
         dropout: float = 0.10,
+        dropout_resolution: int | None = None,
+        adaptive: bool = True,
         label_dropout: float = 0.0,
         attention: Literal["sdpa", "math"] = "sdpa",
     ) -> None:
@@ -90,12 +95,18 @@ class ADMUNet(nn.Module):
         emb_channels = model_channels * channel_mult_emb
         block: dict[str, Any] = {
             "emb_channels": emb_channels,
-            "dropout": dropout,
+            "adaptive_scale": adaptive,
             "init": SCALED,
             "init_zero": ZERO,
             "attention": attention,
         }
         self.map_noise = PositionalEmbedding(model_channels)
+
+        def residual(size: int, before: int, after: int, **kind: Any) -> UNetBlock:
+            limit = img_resolution if dropout_resolution is None else dropout_resolution
+            share = dropout if size <= limit else 0.0
+            return UNetBlock(before, after, dropout=share, **kind, **block)
+
         self.map_augment: Linear | None = None
         if augment_dim:
             self.map_augment = Linear(augment_dim, model_channels, bias=False, init=ZERO)
@@ -117,10 +128,10 @@ class ADMUNet(nn.Module):
                 self.enc[f"{size}x{size}_conv"] = Conv(width, wide, 3, init=SCALED)
                 width = wide
             else:
-                self.enc[f"{size}x{size}_down"] = UNetBlock(width, width, down=True, **block)
+                self.enc[f"{size}x{size}_down"] = residual(size, width, width, down=True)
             skips.append(width)
             for i in range(num_blocks):
-                self.enc[f"{size}x{size}_block{i}"] = UNetBlock(width, wide, heads=heads, **block)
+                self.enc[f"{size}x{size}_block{i}"] = residual(size, width, wide, heads=heads)
                 width = wide
                 skips.append(width)
 
@@ -131,13 +142,13 @@ class ADMUNet(nn.Module):
             heads = wide // HEAD_CHANNELS if size in attn_resolutions else 0
             if level == levels - 1:
                 first = width // HEAD_CHANNELS
-                self.dec[f"{size}x{size}_in0"] = UNetBlock(width, width, heads=first, **block)
-                self.dec[f"{size}x{size}_in1"] = UNetBlock(width, width, **block)
+                self.dec[f"{size}x{size}_in0"] = residual(size, width, width, heads=first)
+                self.dec[f"{size}x{size}_in1"] = residual(size, width, width)
             else:
-                self.dec[f"{size}x{size}_up"] = UNetBlock(width, width, up=True, **block)
+                self.dec[f"{size}x{size}_up"] = residual(size, width, width, up=True)
             for i in range(num_blocks + 1):
                 joined = width + skips.pop()
-                self.dec[f"{size}x{size}_block{i}"] = UNetBlock(joined, wide, heads=heads, **block)
+                self.dec[f"{size}x{size}_block{i}"] = residual(size, joined, wide, heads=heads)
                 width = wide
         self.out_norm = GroupNorm(width)
         self.out_conv = Conv(width, out_channels, 3, init=ZERO)

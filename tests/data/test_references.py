@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from cm_lightning.data import (
+    ImageDataModule,
     ReferenceBank,
     ReferenceSet,
     Resize,
+    Store,
     nearest_distances,
     write_store,
 )
@@ -67,6 +71,40 @@ def test_random_subsets_are_a_function_of_seed_and_images_seen(store, flip):
         assert not torch.equal(one.index, other.index)
     free = bank(store, spec, conditional=False, flip=flip)(None, 0, CPU)
     assert len(set(free.index.tolist())) == 4
+
+
+def test_the_loader_fetches_subsets_ahead(store, tmp_path):
+    """Workers, this process and resident images give the same references and batches."""
+    seen = []
+    for workers, resident in ((0, False), (2, False), (0, True)):
+        data = ImageDataModule(
+            Store(str(store.path)),
+            global_batch=6,
+            num_workers=workers,
+            resident=resident,
+            flip=True,
+        )
+        data.prepare_data()
+        trainer = SimpleNamespace(
+            world_size=1,
+            global_rank=0,
+            accumulate_grad_batches=1,
+            strategy=SimpleNamespace(root_device=CPU),
+            lightning_module=SimpleNamespace(nimg=0),
+        )
+        data.trainer = trainer
+        data.setup()
+        data.use_references(ReferenceSet(n=5), skip=True)
+        batches = []
+        for raw, _ in zip(data.train_dataloader(), range(3), strict=False):
+            assert (raw.references is None) == resident
+            batches.append(data.on_after_batch_transfer(raw, 0))
+            trainer.lightning_module.nimg += 6
+        seen.append(batches)
+    for batches in seen[1:]:
+        for a, b in zip(seen[0], batches, strict=True):
+            assert torch.equal(a.x0, b.x0)
+            assert all(torch.equal(x, y) for x, y in zip(a.references, b.references, strict=True))
 
 
 def test_mirrored_images_count_on(store):

@@ -134,3 +134,19 @@ def test_math_has_forward_mode_derivatives():
         h = 1e-5
         ahead, behind = f(x + h * dx, noise + h * dnoise), f(x - h * dx, noise - h * dnoise)
     torch.testing.assert_close(slope, (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-7)
+
+
+def test_adm_without_scaling_and_with_dropout_at_low_resolutions():
+    """As iCT: h = silu(norm(h + p)), and masks in blocks of at most the given resolution."""
+    torch.manual_seed(0)
+    unet = ADMUNet(16, dropout=0.4, dropout_resolution=8, adaptive=False, **SIZES)
+    for name, block in [*unet.enc.items(), *unet.dec.items()]:
+        if hasattr(block, "dropout"):
+            assert block.dropout == (0.4 if int(name.split("x")[0]) <= 8 else 0.0), name
+            assert len(block.affine.weight) == block.out_channels, name
+    block = unet.enc["16x16_block0"]
+    x, emb = torch.randn(2, block.in_channels, 16, 16), torch.randn(2, block.affine.weight.shape[1])
+    block.conv1.weight.data.normal_()
+    h = block.conv0(functional.silu(block.norm0(x))) + block.affine(emb)[:, :, None, None]
+    y = block.conv1(functional.silu(block.norm1(h))) + (x if block.skip is None else block.skip(x))
+    torch.testing.assert_close(block.eval()(x, emb), y)
