@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from cm_lightning.callbacks.run_record import device_name, versions
+from cm_lightning.cli.data import build_features
 from cm_lightning.cli.errors import CommandParser, readable_errors
 from cm_lightning.cli.study import table
-from cm_lightning.data import ImageStore
-from cm_lightning.evaluation import save_png
-from cm_lightning.networks import EDMPrecond, SongUNet
+from cm_lightning.data import ImageStore, ReferenceBank, ReferenceSet, to_float
+from cm_lightning.evaluation import FeatureExtractor, save_png
+from cm_lightning.evaluation.frechet import frechet_distance
+from cm_lightning.networks import EDM2Precond, EDM2UNet, EDMPrecond, SongUNet
 from cm_lightning.objective import (
     Draw,
     ECTMapping,
@@ -42,10 +44,14 @@ COMMAND = "python -m cm_lightning.bench"
 
 
 def build_network(name: str) -> Denoiser:
-    """A network by name: ``small`` (8x8, the digits configs') or ``ddpmpp`` (32x32, 55.7M)."""
+    """A network by name: ``small`` (8x8, the digits configs'), ``ddpmpp`` (32x32, 55.7M) or
+    ``edm2_s`` (64x64, 280M).
+    """
     if name == "small":
         small = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1}
         return EDMPrecond(SongUNet(8, 1, 1, attn_resolutions=[4], dropout=0.0, **small))  # type: ignore[arg-type]
+    if name == "edm2_s":
+        return EDM2Precond(EDM2UNet(64, 3, 3, dropout=0.4, dropout_resolution=16))
     return EDMPrecond(SongUNet(32, 3, 3, dropout=0.2))
 
 
@@ -152,6 +158,158 @@ def references(options: argparse.Namespace) -> str:
         "share of step",
     ]
     return f"{network_line(network, n)}\n\n{table(head, rows)}"
+
+
+def classes(options: argparse.Namespace) -> str:
+    """What references of the row's class cost per micro-batch, from a store of ImageNet's size.
+
+    ``fetch`` is what a loader process does ahead of the step; ``mean`` is part of the step. The
+    store is that of :func:`store`, made if it is not there.
+
+    Args:
+        options: ``images``, ``resolution``, ``classes``, ``batch``, ``sizes``, ``repeats``,
+            ``device``, ``folder``.
+
+    Returns:
+        A Markdown table: milliseconds as median (smallest-largest).
+    """
+    device, path = torch.device(options.device), Path(options.folder)
+    _make_store(path, options)
+    opened = ImageStore(path)
+    assert opened.labels is not None
+    rng = np.random.default_rng(0)
+    t, _ = ECTMapping().sample(options.batch, 0, device, torch.Generator(device).manual_seed(0))
+    rows = []
+    for n in options.sizes:
+        bank = ReferenceBank(opened, ReferenceSet(n=n), conditional=True, flip=False, seed=0)
+        fetched: list[tuple[Batch, Tensor]] = []
+
+        def fetch(
+            bank: ReferenceBank = bank, fetched: list[tuple[Batch, Tensor]] = fetched
+        ) -> None:
+            index = rng.integers(0, len(opened), options.batch)
+            images, labels = opened[index]
+            references = bank(labels, int(index[0]), torch.device("cpu"))
+            x0 = to_float(images).to(device)
+            x_t = x0 + t.to(x0.dtype)[:, None, None, None] * torch.randn_like(x0)
+            assert labels is not None
+            there = References(*(None if v is None else v.to(device) for v in references))  # type: ignore[arg-type]
+            index = torch.from_numpy(index).to(device)
+            fetched[:] = [(Batch(x0, labels.to(device), index, there), x_t)]
+
+        def mean(fetched: list[tuple[Batch, Tensor]] = fetched) -> None:
+            batch, x_t = fetched[0]
+            ReferenceMean(skip=None)(x_t, t, batch)
+
+        fetching, estimating = alternate([fetch, mean], options.repeats, device)
+        rows.append([str(n), _spread(fetching), _spread(estimating)])
+    head = ["references per row", "fetch, ms", "mean, ms"]
+    size = f"{len(opened):,} images {opened.image_shape}, {opened.num_classes:,} classes"
+    return f"{size}; micro-batches of {options.batch}\n\n{table(head, rows)}"
+
+
+def frechet(options: argparse.Namespace) -> str:
+    """What a Frechet distance costs once the features are there, against torchmetrics' ``compute``.
+
+    Both get the same sums over random features of two laws; torchmetrics takes the eigenvalues of
+    a product that is not symmetric.
+
+    Args:
+        options: ``dims``, ``images``, ``repeats``, ``seed``.
+
+    Returns:
+        A Markdown table: seconds as median (smallest-largest), both distances.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    from cm_lightning.evaluation.frechet import FrechetDistance
+
+    class Given(FeatureExtractor):
+        metric = name = preprocessing = "given"
+        num_features = options.dims
+
+        def build(self) -> torch.nn.Module:
+            return torch.nn.Identity()
+
+        def extract(self, network: torch.nn.Module, images: Tensor) -> Tensor:
+            return images
+
+    generator = torch.Generator().manual_seed(options.seed)
+    ours = FrechetDistance(Given())
+    theirs = FrechetInceptionDistance(feature=Given(), normalize=False)
+    theirs.orig_dtype = torch.float64  # what its update would have set
+    mixing = torch.randn(options.dims, options.dims, generator=generator) / options.dims**0.5
+    for side in ("real", "fake"):
+        sums, squares = 0.0, torch.zeros(options.dims, options.dims, dtype=torch.float64)
+        for start in range(0, options.images, 1000):
+            count = min(1000, options.images - start)
+            x = torch.randn(count, options.dims, generator=generator) @ mixing
+            x = (x if side == "real" else 1.1 * x + 0.1).double()
+            sums, squares = sums + x.sum(0), squares + x.T @ x
+        for metric in (ours, theirs):
+            setattr(metric, f"{side}_features_sum", sums)
+            setattr(metric, f"{side}_features_cov_sum", squares)
+            setattr(metric, f"{side}_features_num_samples", torch.tensor(options.images))
+    values: dict[str, float] = {}
+
+    def compute(name: str, metric: FrechetInceptionDistance) -> None:
+        metric._computed = None
+        metric._update_count = 1
+        values[name] = float(metric.compute())
+
+    sides = [lambda: compute("ours", ours), lambda: compute("theirs", theirs)]
+    first, second = alternate(sides, options.repeats, torch.device("cpu"))
+    ratio = median(b / a for a, b in zip(first, second, strict=True))
+    head = ["", "ms", "distance"]
+    rows = [
+        ["cm_lightning", _spread(first), f"{values['ours']:.6f}"],
+        ["torchmetrics", _spread(second), f"{values['theirs']:.6f}"],
+    ]
+    title = f"{options.dims} features, {options.images:,} images; ratio {ratio:.1f}"
+    return f"{title}\n\n{table(head, rows)}"
+
+
+def bias(options: argparse.Namespace) -> str:
+    """Frechet distance of real images to other real images of the same set, by their number.
+
+    The true distance is 0: what is found is the bias of small samples, which every Frechet distance
+    has and which only equal numbers make comparable.
+
+    Args:
+        options: ``store``, ``features``, ``weights``, ``sizes``, ``reference``, ``seed``.
+
+    Returns:
+        A Markdown table.
+
+    Raises:
+        InputError: If the store holds too few images.
+    """
+    opened = ImageStore(options.store)
+    most = max(options.sizes)
+    if len(opened) < most + options.reference:
+        raise InputError(
+            f"{options.store} holds {len(opened):,} images: --sizes and --reference need "
+            f"{most + options.reference:,}."
+        )
+    given = {} if options.weights is None else {"weights": options.weights}
+    extractor = build_features({"class_path": options.features, "init_args": given}, "--features")
+    order = np.random.default_rng(options.seed).permutation(len(opened))
+
+    def features(rows: npt.NDArray[np.int64]) -> Tensor:
+        parts = [extractor(opened[part][0]) for part in np.array_split(rows, -(-len(rows) // 100))]
+        return torch.cat(parts).double()
+
+    def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.mean(0), x.T.cov()
+
+    reference = moments(features(order[most : most + options.reference]))
+    drawn = features(order[:most])
+    rows = [
+        [f"{n:,}", f"{frechet_distance(*moments(drawn[:n]), *reference):.3f}"]
+        for n in options.sizes
+    ]
+    head = ["real images", f"distance to {options.reference:,} others"]
+    return f"{opened.path}, features {extractor.name}\n\n{table(head, rows)}"
 
 
 def store(options: argparse.Namespace) -> str:
@@ -270,11 +428,32 @@ def main(args: list[str] | None = None) -> None:
     parser = CommandParser(prog=COMMAND, allow_abbrev=False, description=__doc__)
     names = parser.add_subparsers(dest="name", required=True, parser_class=CommandParser)
     add = names.add_parser("references", help="SCT's posterior mean against a step").add_argument
-    add("--network", choices=("small", "ddpmpp"), default="small")
+    add("--network", choices=("small", "ddpmpp", "edm2_s"), default="small")
     add("--sizes", type=int, nargs="+", default=[64, 256, 1024, 4096])
     add("--batch", type=int, default=64)
     add("--repeats", type=int, default=20)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0)
+    add = names.add_parser("classes", help="references of a class from a store").add_argument
+    add("--images", type=int, default=1_281_167, help="[ImageNet's number, 15.7 GB at 64x64]")
+    add("--resolution", type=int, default=64)
+    add("--classes", type=int, default=1000)
+    add("--batch", type=int, default=32, help="[32]")
+    add("--sizes", type=int, nargs="+", default=[64, 256, 1024], help="references per row")
+    add("--repeats", type=int, default=20)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--folder", required=True, help="where the store is made, and kept")
+    add = names.add_parser("frechet", help="Frechet distance of given features").add_argument
+    add("--dims", type=int, default=2048, help="features [2048]")
+    add("--images", type=int, default=10000, help="images per side [10000]")
+    add("--repeats", type=int, default=3)
+    add("--seed", type=int, default=0)
+    add = names.add_parser("bias", help="Frechet distance by number of samples").add_argument
+    add("store", help="folder of a store")
+    add("--features", default="Timm", help="[Timm]")
+    add("--weights", help="file with the weights of the features")
+    add("--sizes", type=int, nargs="+", default=[250, 500, 1000, 2000, 5000], help="images")
+    add("--reference", type=int, default=10000, help="other images compared with [10000]")
     add("--seed", type=int, default=0)
     add = names.add_parser("store", help="random batches from a store").add_argument
     add("--images", type=int, default=1_281_167, help="[ImageNet's number, 15.7 GB at 64x64]")
@@ -291,7 +470,9 @@ def main(args: list[str] | None = None) -> None:
             if name != "seed" and isinstance(small, int) and small < 1:
                 raise InputError(f"--{name} must be 1 or more, got {value}.")
         print(machine(torch.device(getattr(options, "device", "cpu"))), flush=True)
-        print(store(options) if options.name == "store" else references(options))
+        benchmarks = {"references": references, "classes": classes, "frechet": frechet}
+        benchmarks |= {"bias": bias, "store": store}
+        print(benchmarks[options.name](options))
 
 
 if __name__ == "__main__":

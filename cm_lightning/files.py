@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def find_weights(network: str, given: str | None, variable: str, url: str) -> Pa
         network: Name of the network, for messages.
         given: Path from the user's config, ``None`` if there is none.
         variable: Environment variable that may hold a path.
-        url: Where the file is published; its name ends in the start of its SHA-256.
+        url: Where the file is published. If its name ends in a dash and eight or more hexadecimal
+            digits, a download must have a SHA-256 that starts with them.
 
     Raises:
         InputError: If it is nowhere and may not or cannot be downloaded.
@@ -85,7 +87,8 @@ def find_weights(network: str, given: str | None, variable: str, url: str) -> Pa
     else:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            prefix = path.stem.rsplit("-", 1)[-1]
+            found = re.search(r"-([0-9a-f]{8,})$", path.stem)
+            prefix = found[1] if found else None
             torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=False)
             return path
         except (OSError, RuntimeError) as error:

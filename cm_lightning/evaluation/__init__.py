@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cm_lightning.evaluation.digits import DigitsFeatures
-from cm_lightning.evaluation.features import FeatureExtractor, Inception, Timm
+from cm_lightning.evaluation.features import DINOv2, FeatureExtractor, Inception, Timm
 from cm_lightning.evaluation.figures import (
     diagnostics_figure,
     read_metrics,
@@ -21,6 +21,7 @@ from cm_lightning.evaluation.reference import Statistics, load_statistics, refer
 
 # FrechetDistance stays in cm_lightning.evaluation.frechet: importing it imports torchmetrics.
 __all__ = [
+    "DINOv2",
     "DigitsFeatures",
     "FeatureExtractor",
     "Inception",

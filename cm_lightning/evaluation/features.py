@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn import functional
 from cm_lightning.files import find_weights, hash_tensors, read_weights
 from cm_lightning.types import InputError
 
-__all__ = ["FeatureExtractor", "Inception", "Timm"]
+__all__ = ["DINOv2", "FeatureExtractor", "Inception", "Timm"]
 
 
 class FeatureExtractor(nn.Module, ABC):
@@ -166,6 +166,97 @@ class Inception(FeatureExtractor):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
 
         return find_weights("Inception", self.weights, "CM_INCEPTION_WEIGHTS", URL)
+
+
+class DINOv2(FeatureExtractor):
+    """Class token of DINOv2 (arXiv:2304.07193): the features of FD-DINOv2 (arXiv:2306.04675).
+
+    As EDM2 computes it: images in [0, 255] are resized to 224 pixels (bicubic, antialiased, neither
+    rounded nor clipped; dgm-eval rounds, for nearly the same values), normalised with ImageNet's
+    mean and standard deviation, and the position embedding goes from 37x37 to 16x16 as in Meta's
+    code (bicubic by a scale of 16.1 / 37, no antialiasing). torch-fidelity resizes otherwise: its
+    numbers are not the published metric. The network is timm's.
+
+    Args:
+        weights: File with Meta's weights, ``.pth`` or ``.safetensors``. ``None`` for the file named
+            by the environment variable ``CM_DINOV2_WEIGHTS``, else for the copy in the cache of
+            ``torch.hub``, downloaded if it is missing and ``CM_OFFLINE`` is not 1.
+        size: ``"small"`` (384 features), ``"base"`` (768) or ``"large"`` (1024, the published
+            metric).
+
+    Raises:
+        InputError: If the size is none of these.
+    """
+
+    preprocessing = "bicubic-antialias-224"
+
+    def __init__(
+        self,
+        weights: str | None = None,
+        size: Literal["small", "base", "large"] = "large",
+    ) -> None:
+        super().__init__()
+        if size not in _DINOV2:
+            raise InputError(f"DINOv2's size must be one of {', '.join(_DINOV2)}, got {size!r}.")
+        self.weights = weights
+        self.size = size
+
+    @property
+    def metric(self) -> str:  # type: ignore[override]
+        """``fd_dinov2`` for the published network, else with the size."""
+        return "fd_dinov2" if self.size == "large" else f"fd_dinov2_{self.size}"
+
+    @property
+    def name(self) -> str:
+        """Name of Meta's model."""
+        return f"dinov2-vit{self.size[0]}14"
+
+    @property
+    def num_features(self) -> int:
+        """Length of the class token."""
+        return _DINOV2[self.size]
+
+    def build(self) -> nn.Module:
+        """Make timm's network for 224 pixels and read Meta's weights, every one by name."""
+        try:
+            import timm
+        except ImportError as error:
+            raise InputError(
+                'Features of DINOv2 need timm: pip install "cm-lightning[fd]".'
+            ) from error
+        model = f"dinov2_vit{self.size[0]}14"
+        url = f"https://dl.fbaipublicfiles.com/dinov2/{model}/{model}_pretrain.pth"
+        path = find_weights("DINOv2", self.weights, "CM_DINOV2_WEIGHTS", url)
+        state = read_weights(path)
+        state.pop("mask_token", None)  # for training alone
+        name = f"vit_{self.size}_patch14_dinov2"
+        network: nn.Module = timm.create_model(name, num_classes=0, img_size=224)
+        try:
+            state["pos_embed"] = _resample_positions(state["pos_embed"])
+            network.load_state_dict(state)
+        except (KeyError, RuntimeError) as error:
+            raise _wrong_weights(path, f"DINOv2's {model}", error) from error
+        network.register_buffer("pixel_mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        network.register_buffer("pixel_std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+        return network
+
+    def extract(self, network: Any, images: Tensor) -> Tensor:
+        """Map uint8 images to class tokens, float32."""
+        x = functional.interpolate(_rgb(images).float(), (224, 224), mode="bicubic", antialias=True)
+        features: Tensor = network((x / 255 - network.pixel_mean) / network.pixel_std)
+        return features
+
+
+_DINOV2 = {"small": 384, "base": 768, "large": 1024}
+
+
+def _resample_positions(positions: Tensor) -> Tensor:
+    """Position embedding ``(1, 1 + M * M, D)`` for 16 x 16 patches, as Meta's code has it."""
+    token, grid = positions[:, :1], positions[:, 1:]
+    side = round(grid.shape[1] ** 0.5)
+    grid = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    grid = functional.interpolate(grid, scale_factor=(16.1 / side, 16.1 / side), mode="bicubic")
+    return torch.cat([token, grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
 
 
 class Timm(FeatureExtractor):

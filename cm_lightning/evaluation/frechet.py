@@ -19,9 +19,10 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
     .. math::
         |\mu_1 - \mu_2|^2 + \mathrm{Tr}\,(\Sigma_1 + \Sigma_2 - 2 (\Sigma_1 \Sigma_2)^{1/2})
 
-    The trace of the root is that of
-    :math:`(\Sigma_1^{1/2} \Sigma_2 \Sigma_1^{1/2})^{1/2}`, a symmetric matrix, so covariances
-    without full rank need no special care. Computed in float64.
+    The trace of the root is that of :math:`(F^\top \Sigma_2 F)^{1/2}` for any
+    :math:`F F^\top = \Sigma_1`, a symmetric matrix. F is the Cholesky factor of whichever
+    covariance has one, else a root by eigenvalues, so covariances without full rank need no special
+    care. Computed in float64.
 
     Args:
         mu1: Mean :math:`\mu_1`, shape ``(D,)``.
@@ -38,12 +39,22 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
     _check(mu1, sigma1, len(mu2))
     _check(mu2, sigma2, len(mu1))
     mu1, sigma1, mu2, sigma2 = (value.double() for value in (mu1, sigma1, mu2, sigma2))
-    values, vectors = torch.linalg.eigh(sigma1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = root @ sigma2 @ root
+    factor, other = _factor(sigma1), sigma2
+    if factor is None:
+        factor, other = _factor(sigma2), sigma1
+    if factor is None:
+        values, vectors = torch.linalg.eigh(sigma2)
+        factor = vectors * values.clamp(min=0).sqrt()
+    product = factor.T @ other @ factor
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
     return max(float(distance), 0.0)
+
+
+def _factor(sigma: Tensor) -> Tensor | None:
+    """Cholesky factor of a covariance, ``None`` if it has not full rank."""
+    factor, failed = torch.linalg.cholesky_ex(sigma)
+    return None if bool(failed) else factor
 
 
 class FrechetDistance(FrechetInceptionDistance):

@@ -3,15 +3,20 @@ import pickle
 import subprocess
 import sys
 import urllib.error
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch.nn import functional
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
-from cm_lightning.evaluation import Inception, Timm
+from cm_lightning.evaluation import DINOv2, Inception, Timm
 from cm_lightning.types import InputError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture
@@ -270,3 +275,57 @@ def test_fingerprint_changes_with_weights_and_size(timm_file, tmp_path):
     with torch.no_grad():
         next(again.network.parameters()).view(-1)[0] += 1e-6
     assert again.fingerprint != first.fingerprint
+
+
+@pytest.fixture(scope="module")
+def dinov2_file(tmp_path_factory):
+    """Weights of ViT-S/14 under Meta's names, every tensor a function of its place by name."""
+    shapes = timm.create_model("vit_small_patch14_dinov2", num_classes=0).state_dict()
+    shapes["mask_token"] = torch.empty(1, 384)
+    state = {}
+    for place, (name, value) in enumerate(sorted(shapes.items())):
+        x = np.random.default_rng(place).standard_normal(value.shape).astype(np.float32)
+        if name.endswith("gamma"):
+            x = 0.5 + 0.1 * x
+        elif "norm" in name and name.endswith("weight"):
+            x = 1 + 0.1 * x
+        else:
+            x *= value[0].numel() ** -0.5 if name.endswith("weight") else 0.1
+        state[name] = torch.from_numpy(x)
+    path = tmp_path_factory.mktemp("weights") / "dinov2_vits14_pretrain.pth"
+    torch.save(state, path)
+    return str(path)
+
+
+def test_dinov2_equals_metas_code(dinov2_file, monkeypatch):
+    """Golden: Meta's network with these weights, on images resized as EDM2 does."""
+    rng = np.random.default_rng(99)
+    images = torch.from_numpy(rng.integers(0, 256, (2, 3, 32, 32), dtype=np.uint8))
+    with np.load(GOLDEN / "dinov2.npz") as file:
+        golden = torch.from_numpy(file["features"])
+    extractor = DINOv2(dinov2_file, "small")
+    features = extractor(images)
+    assert features.shape == (2, extractor.num_features)
+    torch.testing.assert_close(features, golden, rtol=0, atol=2e-4)
+    assert (extractor.metric, extractor.name) == ("fd_dinov2_small", "dinov2-vits14")
+    assert (DINOv2().metric, DINOv2().name, DINOv2().num_features) == (
+        *("fd_dinov2", "dinov2-vitl14"),
+        1024,
+    )
+    monkeypatch.setenv("CM_DINOV2_WEIGHTS", dinov2_file)
+    assert DINOv2(size="small").load().fingerprint == extractor.fingerprint
+    wrong = extractor.network
+    resized = functional.interpolate(images.float(), (224, 224), mode="bilinear") / 255
+    other = wrong((resized - wrong.pixel_mean) / wrong.pixel_std)
+    assert (other - golden).abs().max() > 0.05  # another resize is another metric
+
+
+def test_dinov2_weights_that_do_not_fit(dinov2_file, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="does not hold the weights of DINOv2's dinov2_vitb14"):
+        DINOv2(dinov2_file, "base").load()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("CM_DINOV2_WEIGHTS", raising=False)
+    with pytest.raises(InputError, match=r"vitl14_pretrain\.pth.*CM_OFFLINE.*CM_DINOV2_WEIGHTS"):
+        DINOv2().load()
+    with pytest.raises(InputError, match="small, base, large"):
+        DINOv2(size="huge")
