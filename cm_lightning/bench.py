@@ -44,9 +44,7 @@ COMMAND = "python -m cm_lightning.bench"
 
 
 def build_network(name: str) -> Denoiser:
-    """A network by name: ``small`` (8x8, the digits configs'), ``ddpmpp`` (32x32, 55.7M) or
-    ``edm2_s`` (64x64, 280M).
-    """
+    """A network by name: ``small`` (8x8), ``ddpmpp`` (32x32, 55.7M) or ``edm2_s`` (64x64, 280M)."""
     if name == "small":
         small = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1}
         return EDMPrecond(SongUNet(8, 1, 1, attn_resolutions=[4], dropout=0.0, **small))  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from cm_lightning.types import InputError
@@ -89,7 +90,11 @@ def find_weights(network: str, given: str | None, variable: str, url: str) -> Pa
             path.parent.mkdir(parents=True, exist_ok=True)
             found = re.search(r"-([0-9a-f]{8,})$", path.stem)
             prefix = found[1] if found else None
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=False)
+            with FileLock(f"{path}.lock"):  # one process downloads, the others wait for it
+                if not path.is_file():
+                    torch.hub.download_url_to_file(
+                        url, str(path), hash_prefix=prefix, progress=False
+                    )
             return path
         except (OSError, RuntimeError) as error:
             reason = f"could not be downloaded ({error})"

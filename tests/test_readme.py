@@ -21,6 +21,18 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+STORE = ["--images", "40", "--resolution", "8", "--classes", "4", "--batch", "4"]
+STORE += ["--folder", "data/bench"]
+TINY = {
+    "references": ["--network", "small", "--sizes", "8", "--batch", "2", "--repeats", "1"],
+    "store": [*STORE, "--batches", "2"],
+    "classes": [*STORE, "--sizes", "2", "--repeats", "1"],
+    "frechet": ["--dims", "8", "--images", "20", "--repeats", "1"],
+    "bias": ["--features", "DigitsFeatures", "--sizes", "3", "--reference", "6"],
+}
+"""Benchmarks of seconds."""
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
@@ -88,11 +100,7 @@ def test_commands_in_order(place, monkeypatch):
                 assert arm.config.is_file()
         elif program == "python":
             assert words[:2] == ["-m", "cm_lightning.bench"]
-            tiny = ["--network", "small", "--sizes", "8", "--batch", "2", "--repeats", "1"]
-            if words[2] == "store":
-                tiny = ["--images", "40", "--resolution", "8", "--batch", "4", "--batches", "2"]
-                tiny += ["--folder", words[-1]]
-            bench.main([words[2], *tiny])
+            bench.main([words[2], *TINY[words[2]], *(words[3:4] if words[2] == "bias" else [])])
         elif program in ("cm-sample", "cm-eval", "cm-weights", "cm-data", "cm-compare"):
             # the shrunk runs have another profile, and fewer samples will do
             words = [word.replace("ema_0.993", "ema_0.9").replace("2000", "66") for word in words]

@@ -69,6 +69,9 @@ class FIDCallback(StepCallback):
         seed: Seed of the noise, the same at every evaluation.
         required: Whether a missing feature extractor stops the run; otherwise training goes on
             without this metric, after a clear message.
+        max_minutes: Bound on an evaluation: once it is passed, profiles and samplers still to come
+            are left out this time, which is said and logged as missing values. ``None`` for none.
+            What is measured then depends on the speed of the machine; the run itself does not.
 
     Raises:
         InputError: If an argument is outside its range.
@@ -86,11 +89,14 @@ class FIDCallback(StepCallback):
         seed: int = 0,
         required: bool = False,
         accept_reference: bool = False,
+        max_minutes: float | None = None,
     ) -> None:
         check_samplers(samplers)
         check_interval("fid", every_kimg)
         if n < 2:
             raise InputError(f"fid.n must be 2 or more, got {n}.")
+        if max_minutes is not None and not max_minutes > 0:
+            raise InputError(f"fid.max_minutes must be positive or null, got {max_minutes}.")
         if batch < 1:
             raise InputError(f"fid.batch must be 1 or more, got {batch}.")
         self.features = Inception() if features is None else features
@@ -103,6 +109,7 @@ class FIDCallback(StepCallback):
         self.seed = seed
         self.required = required
         self.accept_reference = accept_reference
+        self.max_minutes = max_minutes
         self.enabled = profiles is None or len(profiles) > 0
         self.best: dict[str, tuple[float, float]] = {}
         """Lowest value of each metric and the kimg at which it was reached."""
@@ -135,7 +142,7 @@ class FIDCallback(StepCallback):
             return
         self._check_profiles(find_ema(trainer))
         if self.reference != "auto":
-            load_statistics(self.reference)
+            load_statistics(self.reference, metric=self.features.metric)
         try:
             self.features.load()
         except InputError as error:
@@ -147,7 +154,10 @@ class FIDCallback(StepCallback):
         if self.reference != "auto" and not self.accept_reference:
             data = trainer.datamodule  # type: ignore[attr-defined]
             load_statistics(
-                self.reference, data=data.fingerprint, features=self.features.fingerprint
+                self.reference,
+                data=data.fingerprint,
+                features=self.features.fingerprint,
+                metric=self.features.metric,
             )
 
     def metrics(self, ema: EMACallback) -> list[str]:
@@ -178,11 +188,20 @@ class FIDCallback(StepCallback):
         metric = self._prepare(trainer, pl_module.device)
         values: dict[str, float] = {}
         base = metric_name(self.features.metric, self.n)
+        left_out = []
         for name in ema.names if self.profiles is None else self.profiles:
             with ema.lend(pl_module.denoiser, name), evaluating(pl_module.denoiser):
                 for sampler in self.samplers:
-                    value = self._distance(trainer, metric, pl_module.denoiser, sampler, data)
-                    values[f"{base}/{name}/{sampler.name}"] = value
+                    key = f"{base}/{name}/{sampler.name}"
+                    if values and self._too_late(trainer, start):
+                        left_out.append(key)
+                        continue
+                    values[key] = self._distance(trainer, metric, pl_module.denoiser, sampler, data)
+        if left_out:
+            say(
+                f"The evaluation took longer than fid.max_minutes {self.max_minutes:g}: left out "
+                f"{', '.join(left_out)}. Fewer samples (fid.n), profiles or samplers take less."
+            )
         kimg = pl_module.nimg / 1000
         for key, value in values.items():
             if value < self.best.get(key, (float("inf"), 0.0))[0]:
@@ -192,6 +211,13 @@ class FIDCallback(StepCallback):
         log_metrics(trainer, pl_module.nimg, {**values, f"time/{base}_seconds": seconds})
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
         return values
+
+    def _too_late(self, trainer: L.Trainer, start: float) -> bool:
+        """Whether the time is over on any rank; all of them get the same answer."""
+        if self.max_minutes is None:
+            return False
+        late = time.perf_counter() - start > 60 * self.max_minutes
+        return bool(trainer.strategy.reduce_boolean_decision(late, all=False))
 
     def _prepare(self, trainer: L.Trainer, device: torch.device) -> FrechetDistance:
         if self._metric is None:
@@ -212,7 +238,8 @@ class FIDCallback(StepCallback):
                     world=trainer.world_size,
                 )
             else:
-                (mu, sigma), n = load_statistics(self.reference), 50_000
+                mu, sigma = load_statistics(self.reference, metric=self.features.metric)
+                n = 50_000
             metric.prime(mu, sigma, n)
             self._metric = metric
         return self._metric

@@ -110,6 +110,13 @@ def describe(store: ImageStore) -> str:
         )
         if store.num_classes <= 20:
             lines.append("  histogram    " + ", ".join(map(str, counts)))
+        else:
+            lines.append("  histogram    images per class, number of such classes:")
+            number, edges = np.histogram(counts, bins=min(10, int(np.ptp(counts)) + 1))
+            for k in np.flatnonzero(number):
+                share = round(40 * number[k] / number.max())
+                span = f"{edges[k]:,.0f}-{edges[k + 1]:,.0f}"
+                lines.append(f"    {span:>15} {number[k]:6,} {'#' * share}")
         if counts.min() == 0:
             lines.append(f"  empty        {', '.join(map(str, np.flatnonzero(counts == 0)[:20]))}")
     else:

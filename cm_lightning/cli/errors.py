@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 from cm_lightning.cli.keys import find_path
+from cm_lightning.cli.modules import refusal
 from cm_lightning.types import InputError
 
 __all__ = ["CommandParser", "Parser", "fail", "readable_errors"]
@@ -71,6 +72,8 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and exit with code 2."""
         ours = None if ex is None else about_input(ex)
+        if denied := re.search(r"Importing '([^']+)' is not allowed", message):
+            ours = refusal(denied[1])
         fail("cm-fit", ours or shorten(message, sys.argv[1:]))
 
 

@@ -409,7 +409,9 @@ def prepare_reference(against: Against, options: argparse.Namespace, fabric: L.F
     if against.reference != "auto":
         known = None if data is None or options.accept_reference else data.fingerprint
         features = None if options.accept_reference else extractor.fingerprint
-        mu, sigma = load_statistics(against.reference, data=known, features=features)
+        mu, sigma = load_statistics(
+            against.reference, data=known, features=features, metric=extractor.metric
+        )
         statistics = Statistics(mu, sigma, 0)
     else:
         assert data is not None

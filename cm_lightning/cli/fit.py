@@ -30,6 +30,7 @@ from cm_lightning.callbacks import (
 from cm_lightning.cli.errors import Parser, fail, readable_errors
 from cm_lightning.cli.help import fit_help
 from cm_lightning.cli.keys import check_keys
+from cm_lightning.cli.modules import allow_modules
 from cm_lightning.cli.run_dir import RunPlan, plan_run
 from cm_lightning.data import ImageDataModule
 from cm_lightning.ema import ConstantEMA
@@ -54,7 +55,16 @@ GROUPS: dict[str, type] = {
     "checkpoints": CheckpointCallback,
     "wandb": WandbOptions,
 }
-SCALARS = ["config", "run_dir", "resume", "check", "seed_everything", "print_config", "help"]
+SCALARS = [
+    "config",
+    "run_dir",
+    "resume",
+    "check",
+    "allow_modules",
+    "seed_everything",
+    "print_config",
+    "help",
+]
 
 
 class FitCLI(LightningCLI):
@@ -88,6 +98,12 @@ class FitCLI(LightningCLI):
         parser.add_argument("--run_dir", type=str | None, default=None, help="where the run lives")
         parser.add_argument("--resume", type=str, default="auto", help="auto, never or a .ckpt")
         parser.add_argument("--check", type=bool, default=False, nargs="?", const=True, help="test")
+        parser.add_argument(
+            "--allow_modules",
+            type=str | None,
+            default=None,
+            help="packages besides torch's that configs may name, on the command line alone",
+        )
         parser.add_lightning_class_args(EMACallback, "ema")
         parser.add_lightning_class_args(FIDCallback, "fid")
         parser.add_lightning_class_args(SamplesCallback, "samples")
@@ -170,6 +186,7 @@ def main(args: list[str] | None = None) -> None:
         if "--help_all" in argv:
             sys.argv[1:] = ["--help"]
         else:
+            allow_modules(argv)
             check_keys(argv, GROUPS, SCALARS)
         cli = FitCLI(args)
         if cli.config["check"]:

@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from cm_lightning.cli.modules import check_module
 from cm_lightning.types import InputError
 
 __all__ = ["check_keys", "find_path", "given_keys"]
@@ -146,6 +147,7 @@ def _arguments(cls: type) -> dict[str, type | None] | None:
 def _resolve(name: str) -> type | None:
     """Class of a dotted path or of a short name known to the package."""
     if "." in name:
+        check_module(name)
         module, _, attribute = name.rpartition(".")
         try:
             found = getattr(importlib.import_module(module), attribute, None)

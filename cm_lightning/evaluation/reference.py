@@ -96,16 +96,21 @@ def reference_statistics(
 
 
 def load_statistics(
-    path: str | Path, *, data: str | None = None, features: str | None = None
+    path: str | Path,
+    *,
+    data: str | None = None,
+    features: str | None = None,
+    metric: str = "fid",
 ) -> tuple[Tensor, Tensor]:
     """Read published statistics: an ``.npz`` of EDM or ADM, or a ``.pkl`` of EDM2.
 
     Args:
-        path: The file, with ``mu`` and ``sigma``; EDM2's has them under ``fid``. Nothing in it is
-            executed.
+        path: The file, with ``mu`` and ``sigma``; EDM2's has them under ``fid`` and ``fd_dinov2``.
+            Nothing in it is executed.
         data: Fingerprint of the images samples are to be compared with. A file that carries the
             fingerprint of others is refused (those of ``cm-data stats`` do, EDM's and ADM's not).
         features: The same for the fingerprint of the features.
+        metric: Which statistics of a ``.pkl``.
 
     Returns:
         Mean ``(D,)`` and covariance ``(D, D)`` of the features, float64.
@@ -117,7 +122,7 @@ def load_statistics(
     path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f"The reference statistics {path} do not exist.")
-    arrays = _read_pickle(path) if path.suffix == ".pkl" else _read_npz(path)
+    arrays = _read_pickle(path, metric) if path.suffix == ".pkl" else _read_npz(path)
     if arrays is None:
         raise InputError(f"{path} must be an .npz of plain arrays with `mu` and `sigma`.")
     missing = [key for key in ("mu", "sigma") if key not in arrays]
@@ -217,10 +222,10 @@ def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]] | None:
         return None
 
 
-def _read_pickle(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Mean and covariance over Inception features in a file of EDM2."""
+def _read_pickle(path: Path, metric: str) -> dict[str, npt.NDArray[Any]]:
+    """Mean and covariance over the features of a metric in a file of EDM2."""
     try:
-        found = read_pickled_arrays(path)["fid"]
+        found = read_pickled_arrays(path)[metric]
         return {key: np.asarray(found[key]) for key in ("mu", "sigma")}
     except Exception as error:  # a damaged pickle raises whatever it stumbles over
         reason = " ".join(str(error).split())[:200]

@@ -195,3 +195,15 @@ def test_wandb_without_a_key_goes_offline_and_never_asks(fit, tmp_path, monkeypa
     assert ("no API key" in done.out + done.err) == (not key)
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["wandb_id"]
+
+
+def test_an_evaluation_stops_when_its_time_is_over(fit, tmp_path):
+    run = tmp_path / "run"
+    done = fit(run, "--fid.max_minutes", "1e-6")
+    assert done.code == 0, done.err
+    assert "took longer than fid.max_minutes 1e-06: left out" in done.out + done.err
+    measured = [key for key in rows(run)[-1] if "/nfe" in key]
+    assert len(measured) == 1  # the first is always measured
+    refused = fit(tmp_path / "other", "--fid.max_minutes", "0")
+    assert refused.code == 2
+    assert "fid.max_minutes must be positive or null, got 0" in refused.err

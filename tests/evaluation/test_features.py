@@ -1,8 +1,11 @@
 import importlib
 import pickle
+import shutil
 import subprocess
 import sys
+import time
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from torch.nn import functional
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
 from cm_lightning.evaluation import DINOv2, Inception, Timm
+from cm_lightning.files import find_weights
 from cm_lightning.types import InputError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -107,6 +111,26 @@ def test_no_network_is_told_with_file_and_address(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     with pytest.raises(InputError, match=r"6726825d\.pth.*no route to host.*https.*`weights`"):
         Inception().load()
+
+
+def test_one_process_downloads_and_the_others_wait(inception_file, tmp_path, monkeypatch):
+    calls = []
+
+    def download(url, path, hash_prefix, progress):
+        calls.append(url)
+        time.sleep(0.3)
+        shutil.copyfile(inception_file, path)
+
+    monkeypatch.delenv("CM_INCEPTION_WEIGHTS", raising=False)
+    monkeypatch.delenv("CM_OFFLINE", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(
+            pool.map(lambda _: find_weights("I", None, "NONE", "https://x/w.pth"), range(4))
+        )
+    assert calls == ["https://x/w.pth"]
+    assert set(found) == {tmp_path / "hub" / "checkpoints" / "w.pth"}
 
 
 def test_missing_file_is_told_with_its_path(tmp_path, monkeypatch):

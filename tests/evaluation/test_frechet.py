@@ -169,3 +169,12 @@ def test_metric_refuses_statistics_of_other_features():
         metric.prime(torch.zeros(64), torch.eye(64), 1)
     with pytest.raises(InputError, match="2 real images, got 0"):
         metric.statistics()
+
+
+def test_no_factor_is_taken_of_what_has_none():
+    """Only one of the two has full rank: the distance is that of the closed form either way."""
+    full, flat = torch.tensor([4.0, 9.0]).diag(), torch.tensor([1.0, 0.0]).diag()
+    zero = torch.zeros(2)
+    for pair in ((zero, full, zero, flat), (zero, flat, zero, full)):
+        assert frechet_distance(*pair) == pytest.approx((2 - 1) ** 2 + 3**2, abs=1e-9)
+    assert frechet_distance(zero, flat, zero, 4 * flat) == pytest.approx(1, abs=1e-9)

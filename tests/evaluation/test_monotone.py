@@ -19,13 +19,14 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 def blur(images, labels, strength):
-    width = 0.25 * strength * images.shape[-1] / 8
+    width = 0.4 * strength * images.shape[-1] / 8
     return images if not strength else gaussian_blur(images, [7, 7], [width, width])
 
 
 def noise(images, labels, strength):
+    """Standard deviations up to 36 grey levels; far beyond, features of photographs saturate."""
     z = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
-    return (images + 25 * strength * z).clamp(0, 255).to(torch.uint8)
+    return (images + 12 * strength * z).clamp(0, 255).to(torch.uint8)
 
 
 def mode_dropping(images, labels, strength):
@@ -64,8 +65,7 @@ def distances(extractor, images, labels, damage, n):
     [
         pytest.param(digits, DigitsFeatures(), 800, id="digits"),
         pytest.param(digits, Timm(), 100, id="digits-timm", marks=pytest.mark.slow),
-        pytest.param(fashion, Timm(), 200, id="fashion-timm", marks=pytest.mark.slow),
-        pytest.param(fashion, Timm(size=64), 200, id="fashion-timm64"),
+        pytest.param(fashion, Timm(), 100, id="fashion-timm", marks=pytest.mark.slow),
     ],
 )
 def test_distance_grows(data, extractor, n, damage):

@@ -212,6 +212,9 @@ def test_statistics_of_edm2_are_read_and_nothing_is_run(tmp_path, monkeypatch):
         found_mu, found_sigma = load_statistics(path)
         assert np.array_equal(found_mu.numpy(), mu)
         assert np.array_equal(found_sigma.numpy(), sigma)
+        assert np.array_equal(load_statistics(path, metric="fd_dinov2")[0].numpy(), mu + 1)
+    with pytest.raises(InputError, match="fd_timm"):
+        load_statistics(path, metric="fd_timm")
     objects = np.array([Evil()], dtype=object)
     for bad in ({"fid": Evil()}, {"fid": {"mu": objects, "sigma": sigma}}, {"other": 1}, [mu]):
         path.write_bytes(pickle.dumps(bad))
