@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from torch import Tensor
 
 from cm_lightning.types import InputError
 
-__all__ = ["FixedFunction", "find_weights", "hash_tensors", "read_pickled_arrays", "read_weights"]
+__all__ = [
+    "FixedFunction",
+    "find_weights",
+    "hash_tensors",
+    "is_intact",
+    "read_pickled_arrays",
+    "read_weights",
+]
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], head: str = "") -> str:
@@ -58,6 +66,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path} must hold one dictionary of tensors by name (a state_dict).")
     return dict(state)
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a file that torch wrote is whole: every part has the checksum (CRC-32) noted for it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # damaged archives raise whatever their reader stumbles over
+        return False
 
 
 def find_weights(network: str, given: str | None, variable: str, url: str) -> Path:

@@ -14,7 +14,15 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["Batch", "Denoiser", "InputError", "LossOutput", "References", "expand"]
+__all__ = [
+    "Batch",
+    "Denoiser",
+    "InputError",
+    "LossOutput",
+    "References",
+    "TrainingStopped",
+    "expand",
+]
 
 
 class InputError(ValueError):
@@ -22,6 +30,18 @@ class InputError(ValueError):
 
     The command line prints the sentence alone and exits with code 2.
     """
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says why and what to try.
+
+    Attributes:
+        code: Exit code of ``cm-fit``.
+    """
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class References(NamedTuple):

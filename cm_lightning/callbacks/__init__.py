@@ -1,6 +1,6 @@
 """Lightning callbacks: averages, evaluation, pictures, logs and checkpoints."""
 
-from cm_lightning.callbacks.checkpoints import CheckpointCallback, newest_checkpoint
+from cm_lightning.callbacks.checkpoints import CheckpointCallback, checkpoints_of
 from cm_lightning.callbacks.diagnostics import DiagnosticsCallback
 from cm_lightning.callbacks.ema import EMACallback, find_ema
 from cm_lightning.callbacks.fid import FIDCallback
@@ -22,6 +22,6 @@ __all__ = [
     "StepCallback",
     "TargetNetworkCallback",
     "WeightNormalizationCallback",
+    "checkpoints_of",
     "find_ema",
-    "newest_checkpoint",
 ]

@@ -2,25 +2,65 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from cm_lightning.callbacks.ema import find_ema
 from cm_lightning.callbacks.fid import FIDCallback
 from cm_lightning.callbacks.step import StepCallback, check_interval, due
-from cm_lightning.types import InputError
+from cm_lightning.loggers import say
+from cm_lightning.types import InputError, TrainingStopped
 
-__all__ = ["CheckpointCallback", "newest_checkpoint"]
+__all__ = ["INTERRUPTED", "CheckpointCallback", "checkpoints_of"]
+
+INTERRUPTED = 75
+"""Exit code after SIGINT, SIGTERM or SIGUSR1, once the checkpoint is written (EX_TEMPFAIL)."""
+
+_AGREE = 8
+"""Steps between two questions to all ranks whether one of them got a signal."""
 
 
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint of a run directory with the most images, ``None`` if there is none."""
-    found = sorted((run_dir / "checkpoints").glob("nimg*.ckpt"), key=lambda path: path.name)
-    return found[-1] if found else None
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run directory, that with the most images first."""
+    found = (run_dir / "checkpoints").glob("nimg*.ckpt")
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes files that appear whole or not at all, and notes a failure instead of raising it.
+
+    Attributes:
+        failure: Why the last file could not be written, ``None`` if it was.
+    """
+
+    failure: str | None = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Write a partial file, flush it to the disk and rename it."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        self.failure = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(checkpoint, partial)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
+            self.failure = " ".join(str(error).split())[:200]
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 class CheckpointCallback(StepCallback, Checkpoint):
@@ -32,6 +72,9 @@ class CheckpointCallback(StepCallback, Checkpoint):
     Args:
         every_kimg: Interval in thousands of images; one is always written at the end.
         keep: Number of newest checkpoints kept, >= 1.
+        max_failures: How many checkpoints in a row may fail to be written, on a full disk for
+            example; training goes on until then, and stops with the last good one named. The one at
+            the end of a run must not fail.
         best: A Frechet distance as it is named in the logs, as ``fid10k/ema_0.9999/nfe1``; whenever
             an evaluation lowers it, the checkpoint of that moment is kept as ``best.ckpt``.
 
@@ -40,17 +83,29 @@ class CheckpointCallback(StepCallback, Checkpoint):
     """
 
     def __init__(
-        self, every_kimg: float | None = 1000.0, keep: int = 2, best: str | None = None
+        self,
+        every_kimg: float | None = 1000.0,
+        keep: int = 2,
+        best: str | None = None,
+        max_failures: int = 3,
     ) -> None:
         check_interval("checkpoints", every_kimg)
         if keep < 1:
             raise InputError(f"checkpoints.keep must be 1 or more, got {keep}.")
         self.every_kimg = every_kimg
+        if max_failures < 1:
+            raise InputError(f"checkpoints.max_failures must be 1 or more, got {max_failures}.")
         self.keep = keep
         self.best = best
+        self.max_failures = max_failures
+        self._io = AtomicCheckpointIO()
+        self._failures = 0
+        self._signal: str | None = None
+        self._handlers: dict[int, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Check the name of the distance before training starts."""
+        trainer.strategy.checkpoint_io = self._io
         if self.best is None:
             return
         fid = self._fid(trainer)
@@ -65,29 +120,84 @@ class CheckpointCallback(StepCallback, Checkpoint):
         found = [c for c in trainer.callbacks if isinstance(c, FIDCallback)]  # type: ignore[attr-defined]
         return found[0] if found and found[0].enabled else None
 
+    def on_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Listen to signals: interactive ones, and those of a cluster that wants its machine."""
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+                if hasattr(signal, name):
+                    number = getattr(signal, name)
+                    self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._signal = signal.Signals(number).name
+        self._restore()  # a second one ends the process at once
+        say(f"{self._signal}: writing a checkpoint at the end of this step, then stopping.")
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._handlers = {}
+
+    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Leave signals as they were."""
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Leave signals as they were."""
+        self._restore()
+
     def on_step(self, trainer: L.Trainer, pl_module: Any, before: int, after: int) -> None:
-        """Save when it is due."""
+        """Save when it is due; after a signal, save and stop."""
         interval = self.every_kimg if self.every_kimg is not None else float("inf")
-        if due(before, after, interval, pl_module.total_nimg):
+        saved = due(before, after, interval, pl_module.total_nimg)
+        if saved:
             self.save(trainer, pl_module)
         fid = None if self.best is None else self._fid(trainer)
         if fid is not None and fid.best.get(str(self.best), (0.0, -1.0))[1] == after / 1000:
-            self._write(trainer, "best.ckpt")
+            failure = self._write(trainer, "best.ckpt")
+            if failure is not None:
+                say(f"best.ckpt could not be written ({failure}); training goes on.")
+        if self._interrupted(trainer, after // (after - before)):
+            if not saved:
+                self.save(trainer, pl_module)
+            raise TrainingStopped(
+                f"Stopped by {self._signal or 'a signal to another process'} at {after / 1000:g} "
+                "kimg, checkpoint written: the same command continues.",
+                INTERRUPTED,
+            )
 
-    def save(self, trainer: L.Trainer, pl_module: Any) -> Path:
-        """Save now; returns the path."""
-        path = self._write(trainer, f"nimg{pl_module.nimg:012d}.ckpt")
-        if trainer.is_global_zero:
-            for old in sorted(path.parent.glob("nimg*.ckpt"), key=lambda p: p.name)[: -self.keep]:
-                old.unlink()
-        return path
+    def _interrupted(self, trainer: L.Trainer, step: int) -> bool:
+        """Whether any rank got a signal; all of them agree, so they save together."""
+        got = self._signal is not None
+        if trainer.world_size == 1:
+            return got
+        return step % _AGREE == 0 and bool(trainer.strategy.reduce_boolean_decision(got, all=False))
 
-    def _write(self, trainer: L.Trainer, name: str) -> Path:
-        path = Path(trainer.default_root_dir) / "checkpoints" / name
-        partial = path.with_name(f".{name}.partial")
-        trainer.save_checkpoint(partial)
-        if trainer.is_global_zero:
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        return path
+    def save(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Save now.
+
+        Raises:
+            TrainingStopped: If that failed too often, or at the end of the run.
+        """
+        failure = self._write(trainer, f"nimg{pl_module.nimg:012d}.ckpt")
+        folder = Path(trainer.default_root_dir)
+        if failure is None:
+            self._failures = 0
+            if trainer.is_global_zero:
+                for old in checkpoints_of(folder)[self.keep :]:
+                    old.unlink()
+            return
+        self._failures += 1
+        last = next((str(path) for path in checkpoints_of(folder)), "none was written before")
+        found = f"The checkpoint at {pl_module.nimg / 1000:g} kimg could not be written ({failure})"
+        over = pl_module.nimg >= pl_module.total_nimg
+        if over or self._failures >= self.max_failures:
+            times = "" if over else f", {self._failures} times in a row"
+            raise TrainingStopped(f"{found}{times}. Make room; the last good one: {last}.")
+        say(f"{found}; training goes on. The last good one: {last}.")
+
+    def _write(self, trainer: L.Trainer, name: str) -> str | None:
+        """Write a checkpoint; returns why it could not be written, the same on all ranks."""
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / name)
+        failure: str | None = trainer.strategy.broadcast(self._io.failure)
+        return failure

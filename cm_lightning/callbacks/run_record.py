@@ -17,10 +17,11 @@ from typing import Any
 import lightning as L
 import torch
 
-from cm_lightning.callbacks.checkpoints import newest_checkpoint
+from cm_lightning.callbacks.checkpoints import checkpoints_of
 from cm_lightning.callbacks.fid import FIDCallback
 from cm_lightning.callbacks.samples import SamplesCallback
 from cm_lightning.loggers import KimgWandbLogger, MetricsCSV
+from cm_lightning.types import InputError
 from cm_lightning.version import __version__
 
 __all__ = ["RunRecordCallback", "write_text"]
@@ -57,16 +58,29 @@ class RunRecordCallback(L.Callback):
         self.resumed_from = resumed_from
         self.late_logger = late_logger
         self._started = 0.0
+        self._lock = _Lock()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Write both files, drop log rows after the checkpoint, say what is about to happen."""
+        """Write both files, drop log rows after the checkpoint, say what is about to happen.
+
+        Raises:
+            InputError: If another process trains in the run directory.
+        """
+        run_dir = Path(trainer.default_root_dir)
+        free = trainer.strategy.broadcast(
+            self._lock.take(run_dir) if trainer.is_global_zero else None
+        )
+        if not free:
+            raise InputError(
+                f"--run_dir {run_dir} is in use: another process trains there. Wait for it, or "
+                "choose another directory."
+            )
         self._started = time.perf_counter()
         late = None if self.late_logger is None else self.late_logger()
         if late is not None:
             trainer.loggers = [*trainer.loggers, late]
             _ = late.experiment  # starts it, and with it its identity
         if trainer.is_global_zero:
-            run_dir = Path(trainer.default_root_dir)
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsCSV):
                     logger.resume_at(pl_module.nimg)
@@ -125,6 +139,42 @@ class RunRecordCallback(L.Callback):
             record["results"] = {"kimg": pl_module.nimg / 1000, **results(trainer)}
             write_text(path, json.dumps(record, indent=2) + "\n")
             print(end_summary(trainer, pl_module, seconds), flush=True)
+
+    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Let go of the run directory."""
+        self._lock.release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Let go of the run directory."""
+        self._lock.release()
+
+
+class _Lock:
+    """An advisory lock on a directory itself; the system lifts it when the process ends."""
+
+    def __init__(self) -> None:
+        self._handle: int | None = None
+
+    def take(self, folder: Path) -> bool:
+        """Whether the directory is ours now; file systems without locks say yes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+
+            self._handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            return False
+        except (ImportError, OSError):
+            return True
+        return True
+
+    def release(self) -> None:
+        """Give it back."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
 
 
 def results(trainer: L.Trainer) -> dict[str, dict[str, Any]]:
@@ -206,6 +256,5 @@ def end_summary(trainer: L.Trainer, pl_module: Any, seconds: float) -> str:
         if isinstance(callback, SamplesCallback):
             lines += [f"  picture    {path}" for path in callback.paths.values()]
     lines += [f"  metrics    {run_dir / 'metrics.csv'}", f"  config     {run_dir / 'config.yaml'}"]
-    if (checkpoint := newest_checkpoint(run_dir)) is not None:
-        lines.append(f"  checkpoint {checkpoint}")
+    lines += [f"  checkpoint {path}" for path in checkpoints_of(run_dir)[:1]]
     return "\n".join(lines)

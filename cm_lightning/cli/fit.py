@@ -25,7 +25,7 @@ from cm_lightning.callbacks import (
     KimgProgress,
     RunRecordCallback,
     SamplesCallback,
-    newest_checkpoint,
+    checkpoints_of,
 )
 from cm_lightning.cli.errors import Parser, fail, readable_errors
 from cm_lightning.cli.help import fit_help
@@ -34,10 +34,11 @@ from cm_lightning.cli.modules import allow_modules
 from cm_lightning.cli.run_dir import RunPlan, plan_run
 from cm_lightning.data import ImageDataModule
 from cm_lightning.ema import ConstantEMA
+from cm_lightning.files import is_intact
 from cm_lightning.loggers import KimgWandbLogger, MetricsCSV, WandbOptions, wandb_logger
-from cm_lightning.regimes import ConsistencyModule, TrainingStopped
+from cm_lightning.regimes import ConsistencyModule
 from cm_lightning.sampling import DEFAULT_SAMPLERS
-from cm_lightning.types import InputError
+from cm_lightning.types import InputError, TrainingStopped
 from cm_lightning.weights import check_weights, read_checkpoint, save_weights
 
 __all__ = ["FitCLI", "main"]
@@ -249,7 +250,7 @@ def fit(cli: FitCLI) -> None:
     try:
         trainer.fit(module, cli.datamodule, ckpt_path=plan.checkpoint, weights_only=True)
     except TrainingStopped as error:
-        fail(COMMAND, str(error), code=1)
+        fail(COMMAND, str(error), error.code)
     finally:
         for logger in trainer.loggers:
             if isinstance(logger, KimgWandbLogger):
@@ -266,7 +267,7 @@ def prepare_resume(cli: FitCLI) -> dict[str, Any] | None:
     checkpoint = read_checkpoint(path)
     check_weights(cli.model.state_dict(), checkpoint["state_dict"], str(path))
     nimg = checkpoint["cm_lightning"]["nimg"]
-    newest = newest_checkpoint(cli.plan.run_dir)
+    newest = next(filter(is_intact, checkpoints_of(cli.plan.run_dir)), None)
     if newest is not None and newest.name > f"nimg{nimg:012d}.ckpt":
         raise InputError(
             f"{cli.plan.run_dir} holds a newer checkpoint, {newest.name}, than {path}: choose "

@@ -10,7 +10,9 @@ from typing import Any
 
 import yaml
 
-from cm_lightning.callbacks.checkpoints import newest_checkpoint
+from cm_lightning.callbacks.checkpoints import checkpoints_of
+from cm_lightning.files import is_intact
+from cm_lightning.loggers import say
 from cm_lightning.types import InputError
 
 __all__ = ["RunPlan", "differences", "plan_run"]
@@ -74,10 +76,33 @@ def plan_run(config: Any, text: str) -> RunPlan:
                 f"--run_dir {run_dir} holds a run of a different config ({'; '.join(changed[:3])}"
                 f"{'; ...' if len(changed) > 3 else ''}): choose another directory."
             )
-    checkpoint = newest_checkpoint(run_dir) if resume == "auto" else None
+    checkpoint = newest_intact(run_dir) if resume == "auto" else None
     if resume not in ("auto", "never"):
         checkpoint = Path(resume)
     return RunPlan(run_dir, checkpoint, text, wandb_id(run_dir))
+
+
+def newest_intact(run_dir: Path) -> Path | None:
+    """The checkpoint with the most images that is whole, ``None`` if there are none at all.
+
+    Raises:
+        InputError: If there are some and all are damaged.
+    """
+    found = checkpoints_of(run_dir)
+    for number, path in enumerate(found):
+        if is_intact(path):
+            if number:
+                say(
+                    f"{', '.join(str(p) for p in found[:number])} cannot be read, it is damaged: "
+                    f"continuing from {path}, the one before."
+                )
+            return path
+    if found:
+        raise InputError(
+            f"Every checkpoint of {run_dir} is damaged ({', '.join(p.name for p in found)}): "
+            "choose another --run_dir to start anew; nothing was changed here."
+        )
+    return None
 
 
 def default_run_dir(config: Any) -> Path:

@@ -1,6 +1,6 @@
 """Training regimes: one thin LightningModule per paper."""
 
-from cm_lightning.regimes.base import ConsistencyModule, TrainingStopped
+from cm_lightning.regimes.base import ConsistencyModule
 from cm_lightning.regimes.cd import CD
 from cm_lightning.regimes.ct import CT
 from cm_lightning.regimes.diffusion import Diffusion
@@ -18,5 +18,4 @@ __all__ = [
     "SCT",
     "ConsistencyModule",
     "Diffusion",
-    "TrainingStopped",
 ]

@@ -18,7 +18,7 @@ from cm_lightning.files import hash_tensors
 from cm_lightning.networks import preserves_magnitude
 from cm_lightning.objective import Draw, GeneratorCoupling, Grid, Objective
 from cm_lightning.optim import GradientGuard, GradientStats, LearningRate
-from cm_lightning.types import Batch, Denoiser, InputError, LossOutput
+from cm_lightning.types import Batch, Denoiser, InputError, LossOutput, TrainingStopped
 from cm_lightning.weights import Pretrained, check_weights, start_from
 
 __all__ = ["ConsistencyModule", "TrainingStopped", "radam", "radam_cm"]
@@ -28,10 +28,6 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 _STREAK_INTERVAL = 20
 """Optimizer steps between two looks at the non-finite streak (a look waits for the device)."""
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says why and what to try."""
 
 
 def radam(parameters: Any) -> Optimizer:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cm_lightning.files import is_intact
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.version import __version__
 
@@ -302,6 +303,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise InputError(f"There is no checkpoint at {path}.")
+    if not is_intact(path):
+        raise InputError(
+            f"{path} cannot be read as a checkpoint: it is damaged (a checksum inside differs)."
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
