@@ -69,7 +69,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a file that torch wrote is whole: every part has the checksum (CRC-32) noted for it."""
+    """Whether a file that torch wrote is whole: every part has its noted checksum (CRC-32)."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None

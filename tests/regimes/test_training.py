@@ -10,7 +10,7 @@ from cm_lightning.data import Digits, ImageDataModule
 from cm_lightning.objective import EDM, LogNormal
 from cm_lightning.optim import GradientGuard, LearningRate
 from cm_lightning.regimes import ECT, Diffusion
-from cm_lightning.types import InputError, LossOutput
+from cm_lightning.types import InputError, LossOutput, TrainingStopped
 from tests.toys import TinyDenoiser, gaussian_denoiser
 
 
