@@ -26,7 +26,7 @@ __all__ = ["Draw", "Objective", "paired_forward"]
 
 @dataclass(frozen=True)
 class Draw:
-    """The randomness of one batch: a pure function of (seed, nimg) and of the rows it covers.
+    """The randomness of one batch: a pure function of the seed, the clock and the rows it covers.
 
     Noise is drawn for the whole global batch of the optimizer step and each rank or micro-batch
     keeps its own rows, so the noise of an image does not depend on how the batch is split.
@@ -37,6 +37,7 @@ class Draw:
         start: First row of this micro-batch within the global batch.
         total: Number of images in the global batch.
         device: Where to draw.
+        skipped: Images whose batches were skipped, which moves the random stream on.
     """
 
     seed: int
@@ -44,15 +45,18 @@ class Draw:
     start: int
     total: int
     device: torch.device
+    skipped: int = 0
 
     def generator(self) -> torch.Generator:
         """A fresh generator; equal for every rank and micro-batch of the step."""
-        state = np.random.SeedSequence((self.seed, self.nimg)).generate_state(1, np.uint64)
+        words = (self.seed, self.nimg + self.skipped)
+        state = np.random.SeedSequence(words).generate_state(1, np.uint64)
         return torch.Generator(self.device).manual_seed(int(state[0] >> np.uint64(1)))
 
     def dropout(self) -> DropoutKey:
         """Key of the dropout masks, which belong to the rows of the global batch as well."""
-        state = np.random.SeedSequence((self.seed, self.nimg, 1)).generate_state(1, np.uint64)
+        words = (self.seed, self.nimg + self.skipped, 1)
+        state = np.random.SeedSequence(words).generate_state(1, np.uint64)
         return DropoutKey(int(state[0] >> np.uint64(1)), self.start)
 
     def rows(self, values: Tensor, n: int) -> Tensor:
