@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cm_lightning.callbacks.step import StepCallback, check_interval, due, log_metrics
+from cm_lightning.callbacks.step import StepCallback, check_interval, due, log_metrics, step_of
 from cm_lightning.evaluation import diagnostics_figure, read_metrics, save_figure
 from cm_lightning.loggers import KimgWandbLogger, say, tolerated
 from cm_lightning.objective import ReferenceMean
@@ -29,8 +29,8 @@ HISTOGRAM_BINS, HISTOGRAM_RANGE = 48, (-6.0, 6.0)
 class DiagnosticsCallback(StepCallback):
     """Log means over windows of ``every_kimg``.
 
-    Keys: ``loss`` and ``distance`` (over all images), ``loss/nonfinite`` (images of the window with a
-    loss that is not finite; they count as 0 in the means), the same per bin of the noise level t
+    Keys: ``loss`` and ``distance`` (over all images), ``loss/nonfinite`` (images of a window with
+    a loss that is not finite; they count as 0 in the means), the same per bin of the noise level t
     (``loss_by_sigma/0.1-0.5``), ``ratio/r_over_t``, ``gradient/norm`` and ``gradient/nonfinite``
     (steps so far with a non-finite gradient), ``schedule/learning_rate``,
     ``schedule/stage``, ``schedule/levels`` (size of the grid), ``schedule/target_rate``,
@@ -184,7 +184,9 @@ class DiagnosticsCallback(StepCallback):
         edges = torch.linspace(*HISTOGRAM_RANGE, HISTOGRAM_BINS + 1).tolist()
         for logger in trainer.loggers:
             if isinstance(logger, KimgWandbLogger):
-                logger.log_histogram("loss_histogram", histogram.tolist(), edges, pl_module.nimg)
+                logger.log_histogram(
+                    "loss_histogram", histogram.tolist(), edges, pl_module.nimg, step_of(trainer)
+                )
 
     def _tell_spike(self, distance: float, pl_module: Any) -> None:
         if self.spike is None:
