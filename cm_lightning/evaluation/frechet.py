@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+import numpy as np
 import torch
+from scipy.linalg import lapack
 from torch import Tensor, distributed
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -20,9 +24,8 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
         |\mu_1 - \mu_2|^2 + \mathrm{Tr}\,(\Sigma_1 + \Sigma_2 - 2 (\Sigma_1 \Sigma_2)^{1/2})
 
     The trace of the root is that of :math:`(F^\top \Sigma_2 F)^{1/2}` for any
-    :math:`F F^\top = \Sigma_1`, a symmetric matrix. F is the Cholesky factor of whichever
-    covariance has one, else a root by eigenvalues, so covariances without full rank need no special
-    care. Computed in float64.
+    :math:`F F^\top = \Sigma_1`, a symmetric matrix. F is the Cholesky factor, with pivots and as
+    many columns as the rank where that is not full. Computed in float64.
 
     Args:
         mu1: Mean :math:`\mu_1`, shape ``(D,)``.
@@ -39,22 +42,22 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
     _check(mu1, sigma1, len(mu2))
     _check(mu2, sigma2, len(mu1))
     mu1, sigma1, mu2, sigma2 = (value.double() for value in (mu1, sigma1, mu2, sigma2))
-    factor, other = _factor(sigma1), sigma2
-    if factor is None:
-        factor, other = _factor(sigma2), sigma1
-    if factor is None:
-        values, vectors = torch.linalg.eigh(sigma2)
-        factor = vectors * values.clamp(min=0).sqrt()
-    product = factor.T @ other @ factor
+    factor = _factor(sigma1)
+    product = factor.T @ sigma2 @ factor
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
     return max(float(distance), 0.0)
 
 
-def _factor(sigma: Tensor) -> Tensor | None:
-    """Cholesky factor of a covariance, ``None`` if it has not full rank."""
+def _factor(sigma: Tensor) -> Tensor:
+    r"""F with :math:`F F^\top` a covariance ``(D, D)``; ``(D, rank)``."""
     factor, failed = torch.linalg.cholesky_ex(sigma)
-    return None if bool(failed) else factor
+    if not bool(failed):
+        return cast("Tensor", factor)
+    lower, pivots, rank, _ = lapack.dpstrf(sigma.cpu().numpy(), lower=1)
+    columns = np.empty((len(lower), rank))
+    columns[pivots - 1] = np.tril(lower)[:, :rank]
+    return torch.from_numpy(columns).to(sigma.device)
 
 
 class FrechetDistance(FrechetInceptionDistance):

@@ -26,7 +26,7 @@ class Recorder(L.LightningModule):
     def __init__(self, nimg: int = 0) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.nimg = nimg
+        self.position = nimg
         self.batches = []
 
     def training_step(self, batch, batch_idx):

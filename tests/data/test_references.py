@@ -90,7 +90,7 @@ def test_the_loader_fetches_subsets_ahead(store, tmp_path):
             global_rank=0,
             accumulate_grad_batches=1,
             strategy=SimpleNamespace(root_device=CPU),
-            lightning_module=SimpleNamespace(nimg=0),
+            lightning_module=SimpleNamespace(position=0),
         )
         data.trainer = trainer
         data.setup()
@@ -99,7 +99,7 @@ def test_the_loader_fetches_subsets_ahead(store, tmp_path):
         for raw, _ in zip(data.train_dataloader(), range(3), strict=False):
             assert (raw.references is None) == resident
             batches.append(data.on_after_batch_transfer(raw, 0))
-            trainer.lightning_module.nimg += 6
+            trainer.lightning_module.position += 6
         seen.append(batches)
     for batches in seen[1:]:
         for a, b in zip(seen[0], batches, strict=True):

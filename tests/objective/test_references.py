@@ -127,7 +127,7 @@ def test_streaming_equals_the_dense_formula(name, conditional):
     own = labels[index] if conditional else None
     references = References(pixels, labels if conditional else None, torch.arange(len(pixels)))
     batch = Batch(x0, own, index, references)
-    bound = 3e-5 if name == "photographs" else 1e-5  # three channels; a grey level is 8e-3
+    bound = 1e-4 if name == "photographs" else 1e-5  # three channels; a grey level is 8e-3
     for chunk in (777, 100_000):
         mean = ReferenceMean(chunk=chunk)(x_t, t, batch)
         assert float((mean - expected).abs().max()) < bound
