@@ -2,4 +2,4 @@
 
 from tests.cli.conftest import fit, program, teacher
 
-__all__ = ["fit", "program"]
+__all__ = ["fit", "program", "teacher"]
