@@ -12,6 +12,7 @@ from typing import Any, cast
 import lightning as L
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cm_lightning.callbacks.step import StepCallback, check_interval, due, log_metrics, step_of
@@ -47,7 +48,7 @@ class DiagnosticsCallback(StepCallback):
     Runs with a teacher, or with a diffusion model they started from, log the distance of their map
     from the endpoint of its ODE on fixed noise, ``teacher/ode_distance/<profile>``
     (:class:`~cm_lightning.callbacks.teacher.TeacherDistance`).
-    At the end of the run everything per bin is drawn into ``diagnostics.png``.
+    At the end of the run everything per bin is drawn into ``diagnostics.png``, for W&B too.
     W&B also gets a histogram of the per-image loss, ``loss_histogram`` over log10.
     Sums stay on the device until a window ends and are stored in checkpoints, so a resumed run
     logs what an uninterrupted one does (speed and memory apart). A window whose distance is far
@@ -274,6 +275,11 @@ class DiagnosticsCallback(StepCallback):
         if figure is not None:
             with tolerated("diagnostics.png"):
                 save_figure(figure, path.with_name("diagnostics.png"))
+                picture = np.asarray(Image.open(path.with_name("diagnostics.png")).convert("RGB"))
+                for logger in trainer.loggers:
+                    if isinstance(logger, KimgWandbLogger):
+                        name, step = "diagnostics/over_training", step_of(trainer)
+                        logger.log_picture(name, picture, pl_module.nimg, step)
 
     def state_dict(self) -> dict[str, Any]:
         """Sums of the window under way over all ranks, which save together."""
