@@ -172,7 +172,7 @@ def courses(entries: Sequence[Entry]) -> list[str]:
     """Every family over training, run by run, folded."""
     parts = []
     for name, family in BY_LEVEL.items():
-        panels = course(entries, name)
+        panels = [panel._replace(title=html.escape(panel.title)) for panel in course(entries, name)]
         if panels:
             parts.append(
                 f"<details><summary>{family.title} over training, run by run</summary><p>One line "

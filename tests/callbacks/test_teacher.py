@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from cm_lightning.callbacks import EMACallback
-from cm_lightning.callbacks.teacher import TeacherDistance
+from cm_lightning.callbacks.teacher import TeacherDistance, find_teacher
 from cm_lightning.evaluation import read_metrics
-from cm_lightning.objective import Heun, Phases, TeacherMean
+from cm_lightning.files import hash_tensors
+from cm_lightning.objective import Euler, Heun, Phases, SampleMean, TeacherMean
 from cm_lightning.sampling import HeunSampler, image_noise
 from cm_lightning.types import InputError
 from cm_lightning.weights import Pretrained, from_pretrained
@@ -84,6 +85,21 @@ def test_endpoints_are_solved_once_and_no_random_state_is_touched():
     assert torch.equal(torch.get_rng_state(), before)
     run[0].is_global_zero = False
     assert measure(*run) == {}
+
+
+def test_reading_initial_weights_leaves_the_generators_alone(teacher):
+    init = Pretrained(str(teacher))
+    network = init.load().denoiser
+    digest = hash_tensors(network.state_dict())
+    objective = SimpleNamespace(solver=Euler(SampleMean()))
+    origins = {"init": {"sha256": digest}}
+    module = SimpleNamespace(objective=objective, init=init, origins=origins)
+    before = torch.get_rng_state()
+    found = find_teacher(module)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert hash_tensors(found.state_dict()) == digest
+    module.init = None
+    assert find_teacher(module) is None
 
 
 def test_arguments_are_checked():

@@ -90,7 +90,7 @@ def test_diagnostics_of_different_regimes_share_a_page(program, teacher, tmp_pat
     quiet += ["[{class_path: ConstantEMA, init_args: {rate: 0.9}}]", "--config", TINY]
     runs = []
     for regime, words in (("sct", ["--model.init.path", teacher]), ("gc", [])):
-        run = tmp_path / regime / "seed<0>"
+        run = tmp_path / regime / "seed<b>"
         config = ROOT / "configs" / f"{regime}_digits.yaml"
         done = program("cm-fit", "--config", config, "--run_dir", run, *quiet, *words)
         assert done.code == 0, done.err
@@ -104,10 +104,10 @@ def test_diagnostics_of_different_regimes_share_a_page(program, teacher, tmp_pat
     page.feed((out / "comparison.html").read_text())
     assert page.stack == []
     text = "".join(page.words)
-    for words in ("sct/seed<0>", "gc/seed<0>", "Effective sample size", "Transport cost"):
+    for words in ("sct/seed<b>", "gc/seed<b>", "Effective sample size", "Transport cost"):
         assert words in text
-    assert "ess, sct/seed<0>" in page.alts
-    assert "ess, gc/seed<0>" not in page.alts
+    assert "ess, sct/seed<b>" in page.alts
+    assert "ess, gc/seed<b>" not in page.alts
     report = (out / "comparison.md").read_text()
     rows = read_metrics(runs[1] / "metrics.csv")
     late = [row for row in rows if row["kimg"] >= 0.75 * 0.64]
