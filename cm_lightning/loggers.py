@@ -18,6 +18,7 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from cm_lightning.dashboard import panel
 from cm_lightning.types import InputError
 
 __all__ = ["KimgWandbLogger", "MetricsCSV", "WandbOptions", "say", "tolerated", "wandb_logger"]
@@ -182,7 +183,9 @@ def tolerated(what: str) -> Iterator[None]:
 
 
 class KimgWandbLogger(WandbLogger):
-    """Lightning's W&B logger with kimg as the x-axis of every chart, pictures and histograms.
+    """Lightning's W&B logger: kimg as the x-axis of every chart, sections, pictures, histograms.
+
+    Names are those of :func:`cm_lightning.dashboard.panel`.
 
     Args:
         first_step: Rows of earlier optimizer steps are left out; an offline run has them already.
@@ -225,7 +228,7 @@ class KimgWandbLogger(WandbLogger):
 
     def _log(self, row: dict[str, Any], step: int | None) -> None:
         if step is None or step >= self.first_step:
-            self.experiment.log(row, step=step)
+            self.experiment.log({panel(key): value for key, value in row.items()}, step=step)
 
     @rank_zero_only
     def log_picture(self, key: str, picture: np.ndarray, nimg: int, step: int) -> None:

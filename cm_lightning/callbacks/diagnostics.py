@@ -12,9 +12,11 @@ from typing import Any, cast
 import lightning as L
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cm_lightning.callbacks.step import StepCallback, check_interval, due, log_metrics, step_of
+from cm_lightning.callbacks.teacher import TeacherDistance
 from cm_lightning.evaluation import diagnostics_figure, read_metrics, save_figure
 from cm_lightning.loggers import KimgWandbLogger, say, tolerated
 from cm_lightning.objective import ReferenceMean
@@ -36,12 +38,17 @@ class DiagnosticsCallback(StepCallback):
     ``schedule/stage``, ``schedule/levels`` (size of the grid), ``schedule/target_rate``,
     ``speed/images_per_second`` and ``memory/peak_gb`` (of the device, or of the process on CPU).
     Regimes may add values per bin: SCT the effective sample size of its weights (``ess``), the
-    ``largest_weight``, the share of ``skipped`` rows and the ``discrepancy`` of target and sample.
+    ``largest_weight``, the share of ``skipped`` rows and the ``discrepancy`` of target and sample;
+    couplings that are not independent the ``transport_cost`` of their pairs, that of the pairs as
+    they came (``independent_cost``) and the share of ``generated`` rows.
     Once per window ``exact_rows`` images of the last batch are noised to levels spread over the
     bins, and the regime's estimate of E[x0 | x_t] is compared with the exact one of the training
     set (of the class): ``target_variance`` is its mean squared error per pixel (its variance,
     where the estimate is unbiased), ``sample_variance`` that of the image itself, CT's and ECT's.
-    At the end of the run everything per bin is drawn into ``diagnostics.png``.
+    Runs with a teacher, or with a diffusion model they started from, log the distance of their map
+    from the endpoint of its ODE on fixed noise, ``teacher/ode_distance/<profile>``
+    (:class:`~cm_lightning.callbacks.teacher.TeacherDistance`).
+    At the end of the run everything per bin is drawn into ``diagnostics.png``, for W&B too.
     W&B also gets a histogram of the per-image loss, ``loss_histogram`` over log10.
     Sums stay on the device until a window ends and are stored in checkpoints, so a resumed run
     logs what an uninterrupted one does (speed and memory apart). A window whose distance is far
@@ -52,6 +59,8 @@ class DiagnosticsCallback(StepCallback):
         edges: Increasing bin edges of the noise level; values outside go to the end bins.
         exact_rows: Images per window (over all devices) on which the target's variance is
             measured, 0 for none. It is left out for unconditional data beyond 2 GiB.
+        teacher_rows: Noises for the distance from the teacher's ODE, 0 for none.
+        teacher_steps: Noise levels >= 2 of Heun's method on that ODE.
         picture: Whether to draw ``diagnostics.png``.
         spike: How many times the median of the last ten windows a window's distance must be to be
             called a spike, > 1; ``None`` for no such line.
@@ -65,6 +74,8 @@ class DiagnosticsCallback(StepCallback):
         every_kimg: float = 50.0,
         edges: Sequence[float] = (0.1, 0.5, 2.0, 10.0),
         exact_rows: int = 64,
+        teacher_rows: int = 64,
+        teacher_steps: int = 18,
         picture: bool = True,
         spike: float | None = 5.0,
     ) -> None:
@@ -80,6 +91,7 @@ class DiagnosticsCallback(StepCallback):
         self._recent: list[float] = []
         self.edges = list(edges)
         self.exact_rows = exact_rows
+        self.teacher = TeacherDistance(teacher_rows, teacher_steps)
         self.picture = picture
         self.latest: dict[str, float] = {}
         """Values of the last full window."""
@@ -174,7 +186,7 @@ class DiagnosticsCallback(StepCallback):
             for name, count, value in zip(self.bins, counts, values, strict=True):
                 if count:
                     metrics[f"{note}/{name}"] = float(value / count)
-        metrics |= self._target_variance(trainer, pl_module)
+        metrics |= self._target_variance(trainer, pl_module) | self.teacher(trainer, pl_module)
         now = time.perf_counter()
         images = pl_module.nimg - self._counted
         metrics["speed/images_per_second"] = images / max(now - self._clock, 1e-9)
@@ -263,6 +275,11 @@ class DiagnosticsCallback(StepCallback):
         if figure is not None:
             with tolerated("diagnostics.png"):
                 save_figure(figure, path.with_name("diagnostics.png"))
+                picture = np.asarray(Image.open(path.with_name("diagnostics.png")).convert("RGB"))
+                for logger in trainer.loggers:
+                    if isinstance(logger, KimgWandbLogger):
+                        name, step = "diagnostics/over_training", step_of(trainer)
+                        logger.log_picture(name, picture, pl_module.nimg, step)
 
     def state_dict(self) -> dict[str, Any]:
         """Sums of the window under way over all ranks, which save together."""

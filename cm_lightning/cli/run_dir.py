@@ -112,7 +112,7 @@ def check_places(trainer: Any, run_dir: Path) -> None:
     """
     if trainer["default_root_dir"] is not None:
         raise InputError("trainer.default_root_dir cannot be set: --run_dir is the place of a run.")
-    for key, value in _flatten(json.loads(json.dumps(trainer.as_dict(), default=str))):
+    for key, value in flatten(json.loads(json.dumps(trainer.as_dict(), default=str))):
         name = key.split(".")[-1]
         if name in _PLACES and value is not None:
             inside = run_dir.resolve()
@@ -154,8 +154,8 @@ def read_config(path: Path) -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Keys that change results and differ between two configs, as ``key: old -> new``."""
     kept = ("model", "data", "ema", "seed_everything")
-    a = dict(_flatten({key: old.get(key) for key in kept}))
-    b = dict(_flatten({key: new.get(key) for key in kept}))
+    a = dict(flatten({key: old.get(key) for key in kept}))
+    b = dict(flatten({key: new.get(key) for key in kept}))
     return [
         f"{key}: {a.get(key, 'absent')} -> {b.get(key, 'absent')}"
         for key in sorted(a.keys() | b.keys())
@@ -163,13 +163,19 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def _flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings of a nested config by their dotted key.
+
+    Args:
+        node: The config, or a part of it.
+        prefix: Key of that part.
+    """
     if isinstance(node, dict):
         for key, value in node.items():
-            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
         for number, value in enumerate(node):
-            yield from _flatten(value, f"{prefix}.{number}")
+            yield from flatten(value, f"{prefix}.{number}")
     else:
         yield prefix, node
 

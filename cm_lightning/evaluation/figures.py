@@ -26,6 +26,9 @@ PANELS = {
     "ess": ("effective sample size of the references", "log"),
     "largest_weight": ("largest weight of a reference", "linear"),
     "skipped": ("share of rows the skip rule keeps", "linear"),
+    "transport_cost": ("transport cost |x0 - z|² / D", "linear"),
+    "independent_cost": ("the same of independent pairs", "linear"),
+    "generated": ("share of rows the model made", "linear"),
 }
 """Families of metrics with one value per noise-level bin: title and scale of the axis."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cm_lightning.dropout import DropoutKey, shared_dropout
-from cm_lightning.objective.coupling import Coupling, Denoise
+from cm_lightning.objective.coupling import Coupled, Coupling, Denoise, Independent
 from cm_lightning.objective.discretization import Discretization
 from cm_lightning.objective.distance import Distance
 from cm_lightning.objective.phases import Phases, jump
@@ -21,7 +21,7 @@ from cm_lightning.objective.solver import Solver
 from cm_lightning.objective.weighting import Weighting
 from cm_lightning.types import Batch, Denoiser, LossOutput, expand
 
-__all__ = ["Draw", "Objective", "paired_forward"]
+__all__ = ["Draw", "Objective", "paired_forward", "transport_notes"]
 
 
 @dataclass(frozen=True)
@@ -220,8 +220,11 @@ class Objective:
             dropout: Key of the dropout masks.
         """
         denoise = _prediction(online if endpoint is None else endpoint, batch, dropout)
-        x0, z, generated = self.coupling(batch, z, u, t, r, nimg, denoise)
+        coupled = self.coupling(batch, z, u, t, r, nimg, denoise)
         notes: dict[str, Tensor] = {}
+        if not isinstance(self.coupling, Independent):
+            notes |= transport_notes(coupled, batch.x0, z)
+        x0, z, generated = coupled
         batch = batch._replace(x0=x0, generated=generated, notes=notes)
         end = None
         if self.phases is not None:
@@ -238,6 +241,30 @@ class Objective:
         distance = self.distance(prediction, goal)
         weight = self.weighting(t, r, online.sigma_data)
         return LossOutput(distance * weight.to(distance.dtype), distance.detach(), t, r, notes)
+
+
+def transport_notes(coupled: Coupled, x0: Tensor, z: Tensor) -> dict[str, Tensor]:
+    r"""What a coupling saves: its transport cost, beside that of the independent pair.
+
+    .. math:: c = \tfrac{1}{D} \lVert x_0 - z \rVert_2^2
+
+    with D the number of values of an image and z unit noise (arXiv:2406.09570, Lemma 1, there not
+    divided by D). The mean over rows of a generator coupling mixes generated rows with others.
+
+    Args:
+        coupled: The coupled pair.
+        x0: Images as they came, ``(B, C, H, W)``.
+        z: Noise as it came, ``(B, C, H, W)``.
+
+    Returns:
+        ``transport_cost`` and ``independent_cost`` of each row, and whether it was ``generated``,
+        each ``(B,)``.
+    """
+    return {
+        "transport_cost": (coupled.x0 - coupled.z).flatten(1).square().mean(1),
+        "independent_cost": (x0 - z).flatten(1).square().mean(1),
+        "generated": coupled.generated.to(x0.dtype),
+    }
 
 
 def _prediction(network: Denoiser, batch: Batch, key: DropoutKey) -> Denoise:

@@ -97,6 +97,7 @@ class ConsistencyModule(L.LightningModule):
         self.origins: dict[str, dict[str, Any]] = {}
         """Weights of other runs that this one uses, by role, with path and SHA-256."""
         self._borrowed: dict[str, Denoiser] = {}
+        self.init = init
         if init is not None:
             loaded, info, _ = init.load()
             left_out = start_from(denoiser, loaded, init.path)

@@ -104,6 +104,28 @@ def test_runs_log_it_and_draw_the_picture(program, tmp_path):
     assert lines[-1].get_ydata().tolist() == drawn
 
 
+def test_gc_logs_its_transport_cost(program, tmp_path):
+    run = tmp_path / "run"
+    words = ["--config", ROOT / "configs" / "gc_digits.yaml", "--config", TINY, "--run_dir", run]
+    words += [
+        "--fid.profiles",
+        "[]",
+        "--samples.every_kimg",
+        "null",
+        "--diagnostics.edges",
+        "[0.5]",
+    ]
+    assert program("cm-fit", *words).code == 0
+    rows = read_metrics(run / "metrics.csv")
+    assert len(rows) > 2
+    for row in rows:
+        for name in ("below_0.5", "above_0.5"):
+            # digits in [-1, 1] against unit noise: 1 + E x0^2, whatever the level
+            assert row[f"independent_cost/{name}"] == pytest.approx(1.73, abs=0.12)
+            assert row[f"transport_cost/{name}"] != row[f"independent_cost/{name}"]
+            assert row[f"generated/{name}"] == pytest.approx(0.5, abs=0.25)
+
+
 def test_switched_off(fit, tmp_path):
     run = tmp_path / "run"
     assert fit(run, "--diagnostics.exact_rows", "0").code == 0

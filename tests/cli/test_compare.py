@@ -6,11 +6,16 @@ import base64
 import json
 import re
 import shutil
+from html.parser import HTMLParser
 
 import pytest
 
 from cm_lightning.cli.compare import curves, differing, read_entry
+from cm_lightning.cli.compare_figures import at_the_end, level
 from cm_lightning.evaluation import read_metrics
+from tests.cli.conftest import ONE_CALL, ROOT, TINY
+
+BINS = {"above_10": 4.0, "0.5-2": 2.0, "below_0.5": 1.0, "2-10": 3.0}
 
 
 @pytest.fixture
@@ -42,12 +47,83 @@ def test_table_curves_and_page(runs, program, tmp_path):
     assert f"{max(lowest):.4g}" in text
     assert f"**{max(lowest):.4g}**" not in text
     page = (out / "comparison.html").read_text()
+    names = {path.stem for path in (out / "figures").iterdir()}
+    assert {"fd_nfe1_kimg", "fd_nfe2_minutes", "gradient_norm", "target_variance"} <= names
+    assert not {"ess", "transport_cost", "teacher_ode_distance"} & names  # nothing to draw
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    # curves, two samplers of two runs, the diagnostics of two runs
-    assert len(pictures) == 1 + 4 + 2
-    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+    shown = {base64.b64decode(picture) for picture in pictures}
+    assert {path.read_bytes() for path in (out / "figures").iterdir()} <= shown
+    assert all(picture.startswith(b"\x89PNG") for picture in shown)
+    grids = [path.read_bytes() for run in runs for path in sorted(run.glob("samples/*/*/*.png"))]
+    assert {grid for grid in grids if grid in shown} == {
+        sorted(folder.glob("*.png"))[-1].read_bytes()
+        for run in runs
+        for folder in run.glob("samples/*/*")
+    }
     assert "http" not in page
-    assert (out / "curves.png").is_file()
+    assert "from the same noise and classes" in page
+    assert "<td>seed_everything</td><td>0</td><td>1</td>" in page
+
+
+class Words(HTMLParser):
+    """Tags that are open, and the words of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack, self.words, self.alts = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img"):
+            self.stack.append(tag)
+        self.alts += [dict(attrs)["alt"]] if tag == "img" else []
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_diagnostics_of_different_regimes_share_a_page(program, teacher, tmp_path):
+    """Names that are equal are told apart; what a family is and how to read it is said."""
+    quiet = ["--fid.samplers", ONE_CALL, "--samples.every_kimg", "null", "--ema.profiles"]
+    quiet += ["[{class_path: ConstantEMA, init_args: {rate: 0.9}}]", "--config", TINY]
+    runs = []
+    for regime, words in (("sct", ["--model.init.path", teacher]), ("gc", [])):
+        run = tmp_path / regime / "seed<b>"
+        config = ROOT / "configs" / f"{regime}_digits.yaml"
+        done = program("cm-fit", "--config", config, "--run_dir", run, *quiet, *words)
+        assert done.code == 0, done.err
+        runs.append(run)
+    out = tmp_path / "out"
+    done = program("cm-compare", *runs, "--out", out)
+    assert done.code == 0, done.err
+    names = {path.stem for path in (out / "figures").iterdir()}
+    assert {"ess", "target_variance", "transport_cost", "teacher_ode_distance"} <= names
+    page = Words()
+    page.feed((out / "comparison.html").read_text())
+    assert page.stack == []
+    text = "".join(page.words)
+    for words in ("sct/seed<b>", "gc/seed<b>", "Effective sample size", "Transport cost"):
+        assert words in text
+    assert "ess, sct/seed<b>" in page.alts
+    assert "ess, gc/seed<b>" not in page.alts
+    report = (out / "comparison.md").read_text()
+    rows = read_metrics(runs[1] / "metrics.csv")
+    late = [row for row in rows if row["kimg"] >= 0.75 * 0.64]
+    last = [row["transport_cost/2-10"] for row in late if "transport_cost/2-10" in row]
+    assert f"{sum(last) / len(last):.4g}" in report
+    assert all((out / name).is_file() for name in re.findall(r"\]\((figures/[^)]+)\)", report))
+
+
+def test_bins_lie_in_the_order_of_noise_and_at_their_own_level():
+    rows = [{"kimg": k, **{f"ess/{b}": v * k for b, v in BINS.items()}} for k in (1.0, 3.0, 4.0)]
+    found = at_the_end(rows, "ess")
+    assert found == {name: 3.5 * value for name, value in BINS.items()}  # the last quarter
+    assert list(found) == sorted(BINS, key=level)
+    assert level("0.5-2") == pytest.approx(1)
+    assert level("1e-05-0.1") == pytest.approx(1e-3)
+    assert at_the_end([], "ess") == {}
 
 
 def test_curves_are_those_of_the_log(runs):

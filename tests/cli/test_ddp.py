@@ -46,7 +46,12 @@ def assert_same_runs(one, two):
         torch.testing.assert_close(value, averages[1][name], rtol=1e-6, atol=1e-6)
     assert len(rows) == len(others)
     for a, b in zip(rows, others, strict=True):
-        for key in ("kimg", "loss", "gradient/norm", *(k for k in a if k.startswith("fd_"))):
+        for key in (
+            "kimg",
+            "loss",
+            "gradient/norm",
+            *(k for k in a if k.startswith(("fd_", "transport_cost", "generated"))),
+        ):
             assert bool(a[key]) == bool(b[key])
             if a[key]:
                 assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-5)

@@ -9,6 +9,10 @@ import pytest
 import torch
 import yaml
 
+from cm_lightning.dashboard import BY_LEVEL, panel
+from cm_lightning.evaluation.figures import PANELS
+from tests.cli.conftest import ROOT, TINY
+
 PROFILES = ["ema_0.9", "ema_halflife0.3k", "ema_std0.100"]
 
 
@@ -195,6 +199,61 @@ def test_wandb_without_a_key_goes_offline_and_never_asks(fit, tmp_path, monkeypa
     assert ("no API key" in done.out + done.err) == (not key)
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["wandb_id"]
+
+
+def wandb_records(path):
+    """Records of an offline run: a LevelDB log of protocol buffers."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, parts, found = path.read_bytes(), 7, b"", []
+    while place + 7 <= len(content):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        size, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        parts += content[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            found.append(Record.FromString(parts))
+            parts = b""
+    return found
+
+
+def test_wandb_gets_sections_on_an_axis_in_kimg(program, tmp_path, monkeypatch):
+    """Every number of metrics.csv, grids and pictures arrive, under few first words."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "run"
+    words = ["--config", ROOT / "configs" / "gc_digits.yaml", "--config", TINY, "--run_dir", run]
+    words += ["--wandb.project", "test", "--diagnostics.picture", "true"]
+    assert program("cm-fit", *words).code == 0
+    (path,) = run.glob("wandb/offline-run-*/*.wandb")
+    records = wandb_records(path)
+    metrics = {m.glob_name or m.name: m.step_metric for m in (r.metric for r in records)}
+    assert metrics["*"] == "kimg"
+    logged, sections = {}, set()
+    for record in records:
+        row = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
+        logged |= row
+        assert not row or "kimg" in row
+        sections |= {key.partition("/")[0] for key in row if not key.startswith("_")}
+    families = {name for name in sections if name.startswith("by_level_")}
+    assert {"by_level_loss", "by_level_transport_cost", "by_level_generated"} <= families
+    others = {"kimg", "training", "schedule", "machine", "samples", "diagnostics", "fd_digits66"}
+    assert sections - families == others
+    numbers = rows(run)[-1]
+    for key in (key for key in numbers if key not in ("kimg", "step") and numbers[key]):
+        assert float(logged[panel(key)]) == pytest.approx(float(numbers[key]), rel=1e-6), key
+    for picture in ("samples/ema_0.9/nfe1", "samples/ema_0.9/nfe2", "diagnostics/over_training"):
+        assert logged[f"{picture}/_type"] == '"image-file"'
+
+
+def test_every_family_has_a_section():
+    assert set(BY_LEVEL) == set(PANELS)
+    assert panel("loss") == "training/loss"
+    assert panel("loss/nonfinite") == "training/loss_nonfinite"
+    assert panel("time/fid10k_seconds") == "machine/fid10k_seconds"
+    assert panel("fid10k/ema_0.9999/nfe1") == "fid10k/ema_0.9999/nfe1"
 
 
 def test_an_evaluation_stops_when_its_time_is_over(fit, tmp_path):

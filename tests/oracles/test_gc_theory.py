@@ -13,9 +13,20 @@ import pytest
 import torch
 from scipy.special import ndtr
 
-from cm_lightning.objective import GeneratorCoupling, Independent, MinibatchOT
+from cm_lightning.objective import (
+    L2,
+    ECTMapping,
+    Euler,
+    GeneratorCoupling,
+    Independent,
+    InverseStep,
+    MinibatchOT,
+    Objective,
+    SampleMean,
+)
 from cm_lightning.sigmas import karras_sigmas
 from cm_lightning.types import Batch
+from tests.toys import gaussian_endpoint
 
 
 def couple(coupling, x0, z, t: float, endpoint=None, labels=None):
@@ -74,6 +85,35 @@ def test_gaussian_data(t, c, r_independent, r_gc, growth, generator):
     assert discrepancy(generated) == pytest.approx(r_gc, rel=0.02)
     variance = (generated.x0 + t * generated.z).var()
     assert float(variance / (s * s + t * t)) == pytest.approx(growth, rel=0.01)
+
+
+@pytest.mark.parametrize(("t", "c"), [(0.2, 0.8786), (1.0, 0.3556), (5.0, 0.2550)])
+@pytest.mark.parametrize("mix", [0.25, 1.0])
+def test_the_objective_notes_the_cost(t, c, mix, generator):
+    """The mean over rows is (1 - mix) (s^2 + 1) + mix c, the independent pair's s^2 + 1."""
+    s, n = 0.5, 20_000
+    x0 = s * torch.randn(n, 1, 4, 4, generator=generator, dtype=torch.float64)
+    z = torch.randn(n, 1, 4, 4, generator=generator, dtype=torch.float64)
+    u = torch.rand(n, generator=generator, dtype=torch.float64)
+    r = torch.full((n,), t, dtype=torch.float64)
+    batch = Batch(x0, None, torch.arange(n))
+
+    def notes(coupling):
+        leaves = (ECTMapping(), coupling, Euler(SampleMean()), L2(), InverseStep())
+        network = gaussian_endpoint(s)
+        return Objective(*leaves).evaluate(network, network, batch, 2 * r, r, z, u).notes
+
+    assert not notes(Independent())
+    found = notes(GeneratorCoupling(mix))
+    assert torch.equal(found["generated"].bool(), u < mix)
+    mean = {name: float(note.mean()) for name, note in found.items()}
+    assert mean["independent_cost"] == pytest.approx(1.25, rel=0.01)
+    assert mean["transport_cost"] == pytest.approx(1.25 + mix * (c - 1.25), rel=0.01)
+    few = batch._replace(x0=x0[:256], index=batch.index[:256])
+    batch, z, u, r = few, z[:256], u[:256], r[:256]
+    moved = notes(MinibatchOT())
+    assert float(moved["transport_cost"].mean()) < float(moved["independent_cost"].mean())
+    assert not bool(moved["generated"].any())
 
 
 # --- six points in one dimension: the exact endpoint is a quantile map ---

@@ -1,0 +1,267 @@
+"""The figures of ``cm-compare``: one small panel each, one colour per run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from cm_lightning.cli.compare_runs import Entry, calls, curves, nfe_of
+from cm_lightning.cli.compare_texts import BY_LEVEL, OVER_TRAINING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "Panel",
+    "all_panels",
+    "at_the_end",
+    "colour",
+    "course",
+]
+
+
+class Panel(NamedTuple):
+    """A figure of the page.
+
+    Attributes:
+        name: Name of its file.
+        title: What it shows.
+        caption: How to read it, in a sentence or two.
+        picture: PNG.
+    """
+
+    name: str
+    title: str
+    caption: str
+    picture: bytes
+
+
+def colour(number: int) -> str:
+    """Colour of a run by its place in the comparison, as ``#rrggbb``."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return to_hex(colormaps["tab10"](number % 10))
+
+
+def all_panels(entries: Sequence[Entry]) -> dict[str, list[Panel]]:
+    """All figures with every run in them, by the section of the page.
+
+    Args:
+        entries: The runs.
+    """
+    return {
+        "distance": distance_panels(entries),
+        "training": over_training(entries),
+        "levels": by_level(entries),
+    }
+
+
+def distance_panels(entries: Sequence[Entry]) -> list[Panel]:
+    """Frechet distance against images and against time, for each number of network calls.
+
+    Args:
+        entries: The runs.
+    """
+    found = [curves(entry) for entry in entries]
+    names = {nfe_of(key) for lines in found for key in lines}
+    panels = []
+    for nfe in sorted(names, key=lambda n: (len(n), n)):
+        chosen = {}
+        for number, lines in enumerate(found):
+            options = {key: points for key, points in lines.items() if nfe_of(key) == nfe}
+            if options:
+                key = min(options, key=lambda key: options[key][-1][2])
+                chosen[number] = (f"{entries[number].name} ({key.split('/')[1]})", options[key])
+        for column, unit, words in (
+            (0, "thousands of images (kimg)", "images seen"),
+            (1, "minutes of training", "time spent"),
+        ):
+            figure, axis = _axes()
+            for number, (label, points) in chosen.items():
+                x, y = [point[column] for point in points], [point[2] for point in points]
+                axis.plot(x, y, marker="o", ms=4, color=colour(number), label=label)
+            values = (point[2] for _, points in chosen.values() for point in points)
+            _finish(figure, axis, unit, f"FD, {calls(nfe)}", "log", values)
+            name = f"fd_nfe{nfe}_{('kimg', 'minutes')[column]}".replace("?", "x")
+            title = f"{calls(nfe).capitalize()}, by {words}"
+            caption = "Lower is better; the line that falls first learns fastest."
+            panels.append(Panel(name, title, caption, png(figure)))
+    return panels
+
+
+def over_training(entries: Sequence[Entry]) -> list[Panel]:
+    """Numbers of the whole run over images seen, all runs in one panel.
+
+    Args:
+        entries: The runs.
+    """
+    panels = []
+    for name, (title, label, caption) in OVER_TRAINING.items():
+        lines = {}
+        for number, entry in enumerate(entries):
+            points = [
+                (row["kimg"], value)
+                for row in entry.rows
+                for key, value in row.items()
+                if key == name or key.startswith(f"{name}/")
+            ]
+            if points:
+                lines[number] = points
+        if lines:
+            figure, axis = _axes()
+            for number, points in lines.items():
+                x, y = zip(*points, strict=True)
+                axis.plot(x, y, color=colour(number), label=entries[number].name)
+            values = (value for points in lines.values() for _, value in points)
+            _finish(figure, axis, "thousands of images (kimg)", label, "log", values)
+            panels.append(Panel(name.replace("/", "_"), title, caption, png(figure)))
+    return panels
+
+
+def at_the_end(rows: Sequence[Mapping[str, float]], family: str) -> dict[str, float]:
+    """Means of a family over the last quarter of a run, by bin of the noise level.
+
+    Args:
+        rows: Rows of ``metrics.csv``.
+        family: Name of the family.
+    """
+    last = max((row["kimg"] for row in rows), default=0.0)
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.startswith(f"{family}/") and row["kimg"] >= 0.75 * last:
+                values.setdefault(key.partition("/")[2], []).append(value)
+    return {name: float(np.mean(found)) for name, found in sorted(values.items(), key=_place)}
+
+
+def by_level(entries: Sequence[Entry]) -> list[Panel]:
+    """Each family at the end of training over the noise level, all runs in one panel.
+
+    Args:
+        entries: The runs.
+    """
+    panels = []
+    for name, family in BY_LEVEL.items():
+        lines = {n: at_the_end(entry.rows, name) for n, entry in enumerate(entries)}
+        lines = {number: found for number, found in lines.items() if found}
+        if not lines:
+            continue
+        figure, axis = _axes()
+        values: list[float] = []
+        for number, found in lines.items():
+            width = 1.5 + 3 * (1 - (number + 1) / len(entries))  # covered lines stay visible
+            x, y = [level(bin) for bin in found], list(found.values())
+            if family.scale == "log":
+                y = [value if value > 0 else float("nan") for value in y]
+            label, own = entries[number].name, colour(number)
+            axis.plot(x, y, marker="o", ms=4, lw=width, alpha=0.85, color=own, label=label)
+            values += y
+            if family.beside is not None:
+                other = at_the_end(entries[number].rows, family.beside[0])
+                x = [level(bin) for bin in other]
+                axis.plot(x, other.values(), ":", color="black", zorder=5)
+                values += other.values()
+        if family.beside is not None:
+            axis.plot([], [], ":", color="black", label=family.beside[1])
+        ticks = list(dict.fromkeys(chain.from_iterable(lines.values())))
+        axis.set_xscale("log")
+        axis.set_xticks([level(bin) for bin in ticks], [_words(bin) for bin in ticks])
+        axis.minorticks_off()
+        _finish(figure, axis, "noise level t", family.axis, family.scale, values)
+        panels.append(Panel(name, family.title, family.caption, png(figure)))
+    return panels
+
+
+def course(entries: Sequence[Entry], name: str) -> list[Panel]:
+    """A family over training: one panel per run, equal axes, one line per noise-level bin.
+
+    Args:
+        entries: The runs.
+        name: Name of the family.
+    """
+    chosen: list[tuple[Entry, dict[str, list[tuple[float, float]]]]] = []
+    for entry in entries:
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in entry.rows:
+            for key in row:
+                if key.startswith(f"{name}/"):
+                    lines.setdefault(key.partition("/")[2], []).append((row["kimg"], row[key]))
+        if lines:
+            chosen.append((entry, dict(sorted(lines.items(), key=_place))))
+    values = [y for _, lines in chosen for points in lines.values() for _, y in points]
+    end = max((x for _, lines in chosen for points in lines.values() for x, _ in points), default=1)
+    panels = []
+    for entry, lines in chosen:
+        from matplotlib import colormaps
+
+        figure, axis = _axes()
+        for number, (bin, points) in enumerate(lines.items()):
+            shade = colormaps["viridis"](number / max(len(lines) - 1, 1) * 0.9)
+            axis.plot(*zip(*points, strict=True), color=shade, label=f"t {_words(bin)}")
+        axis.set_xlim(0, end)
+        family = BY_LEVEL[name]
+        _finish(figure, axis, "thousands of images (kimg)", family.axis, family.scale, values)
+        panels.append(Panel(f"{name}, {entry.name}", entry.name, "", png(figure)))
+    return panels
+
+
+def level(bin: str) -> float:
+    """Where a noise-level bin is drawn: the geometric mean of its edges, beyond the outer ones."""
+    if bin.startswith("below_"):
+        return float(bin[6:]) / 5**0.5
+    if bin.startswith("above_"):
+        return float(bin[6:]) * 5**0.5
+    low, _, high = bin.rpartition("-")
+    return float((float(low) * float(high)) ** 0.5)
+
+
+def _place(item: tuple[str, Any]) -> float:
+    return level(item[0])
+
+
+def _words(bin: str) -> str:
+    return bin.replace("below_", "< ").replace("above_", "> ").replace("-", "–")
+
+
+def _axes() -> tuple[Figure, Any]:
+    """One panel, without pyplot; drawn so that it can be read on a phone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.8, 3.6), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _finish(figure: Figure, axis: Any, x: str, y: str, scale: str, values: Iterable[float]) -> None:
+    """Labels, scale, limits and the legend below."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    found = np.array([value for value in values if np.isfinite(value)])
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    positive = found[found > 0]
+    if scale == "log" and len(positive):
+        low, high = positive.min(), positive.max()
+        axis.set_yscale("log", nonpositive="clip")
+        axis.set_ylim(low / (high / low) ** 0.05 / 1.05, high * (high / low) ** 0.05 * 1.05)
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
+        narrow = high / low < 30
+        axis.yaxis.set_major_formatter(plain)
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if narrow else "auto"))
+        axis.yaxis.set_minor_formatter(plain if narrow else NullFormatter())
+    elif len(found):
+        room = 0.05 * max(found.max() - min(found.min(), 0), 1e-12)
+        axis.set_ylim(min(found.min(), 0) - room, found.max() + room)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, format="png")
+    return buffer.getvalue()

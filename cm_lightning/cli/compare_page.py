@@ -1,0 +1,183 @@
+"""The page of ``cm-compare``: one HTML file without links to others, for a desk and for a phone."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from collections.abc import Mapping, Sequence
+
+from cm_lightning.cli.compare_figures import Panel, colour, course
+from cm_lightning.cli.compare_runs import Entry, calls, grids, nfe_of, settings
+from cm_lightning.cli.compare_texts import BY_LEVEL
+
+__all__ = ["page"]
+
+STYLE = """
+:root{color-scheme:light}
+body{font:16px/1.5 system-ui,sans-serif;color:#222;margin:0 auto;max-width:1180px;padding:1rem}
+h1{font-size:1.6rem;line-height:1.25;margin:.5rem 0}
+h2{font-size:1.25rem;margin:2.2rem 0 .3rem;border-top:1px solid #ddd;padding-top:1.2rem}
+h3{font-size:1rem;margin:1.2rem 0 .4rem}
+p{margin:.4rem 0;max-width:75ch}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:.92rem;margin:.6rem 0}
+th,td{border-bottom:1px solid #ddd;padding:.35rem .8rem .35rem 0;text-align:left;
+vertical-align:top}
+th{font-weight:600;white-space:nowrap}
+.numbers td:nth-child(n+3),.numbers th:nth-child(n+3){text-align:right}
+.numbers td:first-child{white-space:nowrap}
+.settings td{overflow-wrap:anywhere;min-width:7rem}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:1.2rem}
+.pairs{grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));max-width:960px}
+.samples{grid-template-columns:repeat(auto-fill,minmax(min(45%,250px),1fr))}
+figure{margin:0;min-width:0}
+figcaption{font-size:.88rem;color:#444}
+img{display:block;width:100%;height:auto}
+.samples img{image-rendering:pixelated;max-width:380px}
+.chip{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.45em}
+details{margin:.8rem 0}
+summary{cursor:pointer;color:#1a5fb4}
+"""
+
+
+def page(
+    entries: Sequence[Entry],
+    summary: Sequence[str],
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    panels: Mapping[str, Sequence[Panel]],
+) -> str:
+    """The comparison as one HTML file.
+
+    Args:
+        entries: The runs.
+        summary: Paragraphs on what was compared and how to read the table.
+        head: Heads of the table.
+        rows: Its rows, one per run; ``**`` around a cell marks the best.
+        panels: Figures of all runs by section.
+    """
+    title = f"{len(entries)} runs compared" if len(entries) > 1 else f"The run {entries[0].name}"
+    chips = [f'<span class=chip style="background:{colour(n)}"></span>' for n in range(len(rows))]
+    parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in summary)]
+    parts.append(as_table(head, rows, "numbers", chips))
+    parts.append(different_settings(entries))
+    parts += section(
+        "Frechet distance during training",
+        "One line per run, in the colour of the table. Each pair shows the same distances twice: "
+        "against the images seen, and against the minutes that took on the machine of the run.",
+        panels["distance"],
+        "pairs",
+    )
+    parts += sample_grids(entries)
+    parts += section(
+        "Over training",
+        "Numbers of the whole run, against the images it has seen.",
+        panels["training"],
+    )
+    parts += section(
+        "By noise level",
+        "A consistency model learns at all noise levels t at once (t is the standard deviation of "
+        "the noise, for images in [-1, 1]): from almost clean images at the left to almost pure "
+        "noise at the right, where one-call samples begin. Each point is the mean over the last "
+        "quarter of a run.",
+        panels["levels"],
+    )
+    parts += courses(entries)
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n"
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def as_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], kind: str, chips: Sequence[str] = ()
+) -> str:
+    """A table that scrolls inside the page."""
+    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
+    for number, row in enumerate(rows):
+        cells = [re.sub(r"\*\*(.+)\*\*", r"<b>\1</b>", html.escape(cell)) for cell in row]
+        if chips:
+            cells[0] = chips[number] + cells[0]
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f'<div class=scroll><table class="{kind}">' + "\n".join(lines) + "</table></div>"
+
+
+def section(title: str, text: str, panels: Sequence[Panel], kind: str = "") -> list[str]:
+    """A heading, how to read what follows, and its figures; nothing without figures."""
+    if not panels:
+        return []
+    return [f"<h2>{title}</h2><p>{text}</p>", figures(panels, kind)]
+
+
+def figures(panels: Sequence[Panel], kind: str = "") -> str:
+    """Figures with captions, as many in a row as fit."""
+    shown = "\n".join(
+        f"<figure>{embed(panel.picture, panel.name)}<figcaption><b>{panel.title}</b>"
+        f"{'. ' if panel.caption else ''}{panel.caption}</figcaption></figure>"
+        for panel in panels
+    )
+    return f'<div class="grid {kind}">{shown}</div>'
+
+
+def embed(picture: bytes, alt: str) -> str:
+    """An image inside the page."""
+    data = base64.b64encode(picture).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def different_settings(entries: Sequence[Entry]) -> str:
+    """The settings in which the runs differ, folded."""
+    found = settings(entries)
+    if not found:
+        return ""
+    rows = [[key, *values] for key, values in found.items()]
+    return (
+        "<details><summary>Settings in which the runs differ</summary><p>As in their config.yaml; "
+        "– where a run has no such setting.</p>"
+        + as_table(["setting", *(entry.name for entry in entries)], rows, "settings")
+        + "</details>"
+    )
+
+
+def sample_grids(entries: Sequence[Entry]) -> list[str]:
+    """The newest sample grid of every run, side by side for each number of network calls."""
+    found: dict[str, list[Panel]] = {}
+    for number, entry in enumerate(entries):
+        for (profile, sampler), path in grids(entry).items():
+            kimg = float(path.stem.removeprefix("kimg"))
+            chip = f'<span class=chip style="background:{colour(number)}"></span>'
+            title = f"{chip}{html.escape(entry.name)}"
+            caption = f"{html.escape(profile)}, {kimg:g} kimg"
+            panel = Panel(f"{entry.name}, {sampler}", title, caption, path.read_bytes())
+            found.setdefault(nfe_of(sampler), []).append(panel)
+    if not found:
+        return []
+    seeds = {(entry.config.get("samples") or {}).get("seed") for entry in entries}
+    noise = (
+        "All grids start from the same noise and classes, so equal places compare."
+        if len(seeds) == 1
+        else f"The grids start from different noise (samples.seed {', '.join(map(str, seeds))})."
+    )
+    parts = [f"<h2>Samples</h2><p>{noise}</p>"]
+    for nfe, panels in sorted(found.items(), key=lambda item: (len(item[0]), item[0])):
+        parts.append(f"<h3>With {calls(nfe)} per image</h3>" + figures(panels, "samples"))
+    return parts
+
+
+def courses(entries: Sequence[Entry]) -> list[str]:
+    """Every family over training, run by run, folded."""
+    parts = []
+    for name, family in BY_LEVEL.items():
+        panels = [panel._replace(title=html.escape(panel.title)) for panel in course(entries, name)]
+        if panels:
+            parts.append(
+                f"<details><summary>{family.title} over training, run by run</summary><p>One line "
+                "per range of the noise level t, equal axes; read like the figure of this name "
+                "above.</p>"
+                f"{figures(panels)}</details>"
+            )
+    return parts

@@ -1,0 +1,170 @@
+"""What ``cm-compare`` reads of a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cm_lightning.cli.run_dir import flatten, read_config
+from cm_lightning.evaluation import read_metrics
+from cm_lightning.types import InputError
+
+__all__ = [
+    "SAME",
+    "Entry",
+    "calls",
+    "curves",
+    "distinct",
+    "grids",
+    "nfe_of",
+    "read_entry",
+    "settings",
+]
+
+SAME = {
+    "features_sha256": "features",
+    "n": "number of samples",
+    "reference": "reference statistics",
+    "data_fingerprint": "training images",
+}
+"""What must agree for distances to be ranked, in words."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run, or its evaluation.
+
+    Args:
+        name: Name of the run directory.
+        path: Where it is.
+        record: ``run.json``.
+        rows: ``metrics.csv``.
+        identity: What its distances were measured with, by the keys of :data:`SAME`.
+        distances: Per way of sampling: distances of one or more seeds.
+        config: ``config.yaml``.
+    """
+
+    name: str
+    path: Path
+    record: dict[str, Any]
+    rows: list[dict[str, float]]
+    identity: dict[str, Any]
+    distances: dict[str, list[float]]
+    config: dict[str, Any]
+
+
+def read_entry(path: Path) -> Entry:
+    """Read a run directory; the results of ``cm-eval`` in it take the place of those of training.
+
+    Raises:
+        InputError: If it is not a run, or has no results yet.
+    """
+    try:
+        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a run directory: run.json cannot be read.") from error
+    rows = read_metrics(path / "metrics.csv")
+    found = path / "eval" / "eval.json"
+    if found.is_file():
+        content = json.loads(found.read_text(encoding="utf-8"))
+        distances: dict[str, list[float]] = {}
+        for row in content["results"]:
+            if "fd" in row:
+                guidance = "" if row["guidance"] == 1 else f", guidance {row['guidance']:g}"
+                key = f"{row['ema']}, {row['sampling']}{guidance}, NFE {row['nfe']}"
+                distances.setdefault(key, []).append(row["fd"])
+        identity = {key: content.get(key) for key in [*SAME, "features"]}
+    else:
+        results = record.get("results")
+        if not results:
+            raise InputError(f"{path} has no results yet: let it finish, or run cm-eval on it.")
+        distances = {key: [value] for key, value in results["last"].items()}
+        measured = results.get("measured_with", {})
+        identity = {key: measured.get(key) for key in [*SAME, "features"]}
+        identity["data_fingerprint"] = record.get("data_fingerprint")
+    config = read_config(path / "config.yaml")
+    return Entry(path.name, path, record, rows, identity, distances, config)
+
+
+def nfe_of(key: str) -> str:
+    """Columns of the table: the number of network calls in a metric's name."""
+    match = re.search(r"nfe ?(\d+)", key, re.IGNORECASE)
+    return "?" if match is None else match[1]
+
+
+def calls(nfe: str) -> str:
+    """A number of network calls in words."""
+    return f"{nfe} network call{'s' if nfe != '1' else ''}"
+
+
+def curves(entry: Entry) -> dict[str, list[tuple[float, float, float]]]:
+    """Distances in training: kimg, minutes and value, by metric.
+
+    Minutes are those of the training windows, from their images per second.
+    """
+    ends, minutes = [0.0], [0.0]
+    for row in entry.rows:
+        if row.get("speed/images_per_second"):
+            images = (row["kimg"] - ends[-1]) * 1000
+            minutes.append(minutes[-1] + images / row["speed/images_per_second"] / 60)
+            ends.append(row["kimg"])
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for key in (entry.record.get("results") or {}).get("last", {}):
+        for row in entry.rows:
+            if key in row:
+                time = float(np.interp(row["kimg"], ends, minutes))
+                found.setdefault(key, []).append((row["kimg"], time, row[key]))
+    return found
+
+
+def grids(entry: Entry) -> dict[tuple[str, str], Path]:
+    """The newest sample grid by profile and sampler.
+
+    Args:
+        entry: The run.
+    """
+    found = {}
+    for folder in sorted((entry.path / "samples").glob("*/*")):
+        pictures = sorted(folder.glob("kimg*.png"))
+        if pictures:
+            found[folder.parent.name, folder.name] = pictures[-1]
+    return found
+
+
+def settings(entries: Sequence[Entry]) -> dict[str, list[str]]:
+    """Settings that change results and are not equal in all runs, one value per run.
+
+    Args:
+        entries: The runs.
+    """
+    kept = ("seed_everything", "model", "data", "ema")
+    flat = [dict(flatten({key: entry.config.get(key) for key in kept})) for entry in entries]
+    found = {}
+    for key in dict.fromkeys(key for values in flat for key in values):
+        row = [_words(values.get(key, "–")) for values in flat]
+        if len(set(row)) > 1 and key != "model.init_args.seed":
+            found[key.replace(".init_args", "").removesuffix(".class_path")] = row
+    return found
+
+
+def _words(value: Any) -> str:
+    """A setting as people write it: classes of this package by their own name."""
+    text = str(value)
+    return text.rpartition(".")[2] if text.startswith("cm_lightning.") else text
+
+
+def distinct(entries: list[Entry]) -> list[Entry]:
+    """The runs, those of one name called by the folder above as well."""
+    names = [entry.name for entry in entries]
+    return [
+        replace(entry, name=f"{entry.path.resolve().parent.name}/{entry.name}")
+        if names.count(entry.name) > 1
+        else entry
+        for entry in entries
+    ]
