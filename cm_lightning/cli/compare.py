@@ -17,7 +17,9 @@ import numpy as np
 
 from cm_lightning.callbacks.run_record import write_text
 from cm_lightning.cli.errors import CommandParser, readable_errors
-from cm_lightning.cli.study import table
+from cm_lightning.cli.evaluate import RESULTS
+from cm_lightning.cli.study import RECORD, table
+from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.evaluation import diagnostics_figure, read_metrics
 from cm_lightning.types import InputError
 
@@ -62,13 +64,17 @@ def read_entry(path: Path) -> Entry:
         InputError: If it is not a run, or has no results yet.
     """
     try:
-        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a run directory: run.json cannot be read.") from error
+        record = read_mapping(path / "run.json")
+        check_form(record, RECORD, str(path / "run.json"))
+    except InputError as error:
+        raise InputError(
+            f"{path} is not a run directory: run.json cannot be read. {error}"
+        ) from error
     rows = read_metrics(path / "metrics.csv")
     found = path / "eval" / "eval.json"
     if found.is_file():
-        content = json.loads(found.read_text(encoding="utf-8"))
+        content = read_mapping(found)
+        check_form(content, RESULTS, str(found))
         distances: dict[str, list[float]] = {}
         for row in content["results"]:
             if "fd" in row:
@@ -81,7 +87,7 @@ def read_entry(path: Path) -> Entry:
         if not results:
             raise InputError(f"{path} has no results yet: let it finish, or run cm-eval on it.")
         distances = {key: [value] for key, value in results["last"].items()}
-        identity = {key: results.get("measured_with", {}).get(key) for key in SAME}
+        identity = {key: (results.get("measured_with") or {}).get(key) for key in SAME}
         identity["data_fingerprint"] = record.get("data_fingerprint")
     return Entry(path.name, path, record, rows, identity, distances)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from cm_lightning.callbacks.checkpoints import checkpoints_of
+from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.files import is_intact
 from cm_lightning.loggers import say
 from cm_lightning.types import InputError
@@ -123,13 +123,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         InputError: If it is not a YAML mapping.
     """
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as YAML.") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is not a config.")
-    return config
+    return read_mapping(path, "config")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -158,10 +152,9 @@ def _flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def wandb_id(run_dir: Path) -> str | None:
     """The W&B identity stored in ``run.json``."""
     path = run_dir / "run.json"
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")).get("wandb_id")
-    except ValueError:
-        return None
+    record = read_mapping(path)
+    check_form(record, {"starts": [dict], "wandb_id?": str}, str(path))
+    value = record.get("wandb_id")
     return None if value is None else str(value)

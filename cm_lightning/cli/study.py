@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sys
 import time
@@ -12,17 +13,38 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from scipy import stats
 
 from cm_lightning.callbacks.run_record import write_text
 from cm_lightning.cli import fit
 from cm_lightning.cli.errors import CommandParser, fail, readable_errors
+from cm_lightning.cli.keys import check_keys
+from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.types import InputError
 
 __all__ = ["Arm", "Study", "Tuning", "interval", "main", "option_words", "read_study", "summary"]
 
 COMMAND = "cm-study"
+
+
+RECORD = {
+    "regime": str,
+    "parameters": int,
+    "total_kimg": float,
+    "starts": [{"seconds?": float}],
+    "data_fingerprint?": str,
+    "results?": {"kimg": float, "last": {...: float}, "measured_with?": dict},
+}
+"""Form of ``run.json``."""
+FORM = {
+    "config?": str,
+    "options?": dict,
+    "arms": {...: (dict, type(None))},
+    "seeds": [int],
+    "tune?": dict,
+    "compare?": [[str]],
+}
+"""Form of a study."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +115,16 @@ def read_study(path: Path) -> Study:
     Raises:
         InputError: If a key is unknown or missing, or does not fit the others.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as YAML.") from error
+    content = read_mapping(path, "study")
     allowed = {"config", "options", "arms", "seeds", "tune", "compare"}
     _check_keys(content, allowed, {"arms", "seeds"}, str(path))
+    check_form(content, FORM, str(path))
     arms: dict[str, Arm] = {}
     for name, given in content["arms"].items():
         given = given or {}
         _check_keys(given, {"config", "options", "tuned_as"}, set(), f"{path}: arms.{name}")
+        form = {"config?": str, "options?": dict, "tuned_as?": str}
+        check_form(given, form, str(path), f"arms.{name}")
         config = given.get("config", content.get("config"))
         if config is None or not (path.parent / config).is_file():
             raise InputError(f"{path}: arms.{name} has no config file ({config}).")
@@ -112,8 +134,14 @@ def read_study(path: Path) -> Study:
     if content.get("tune") is not None:
         names = {field.name for field in fields(Tuning)}
         _check_keys(content["tune"], names, names, f"{path}: tune")
+        tuning = {"key": str, "values": list, "seeds": [int], "metric": str}
+        check_form(content["tune"], tuning, f"{path}: tune")
+        if not content["tune"]["values"] or not content["tune"]["seeds"]:
+            raise InputError(f"{path}: tune needs one value and one seed at least.")
         tune = Tuning(**content["tune"])
-    pairs = [(str(a), str(b)) for a, b in content.get("compare") or []]
+    pairs = [tuple(pair) for pair in content.get("compare") or []]
+    if any(len(pair) != 2 for pair in pairs):
+        raise InputError(f"{path}: compare must list pairs of an arm and its baseline.")
     study = Study(arms, list(content["seeds"]), tune, pairs)
     _check(study, path)
     return study
@@ -184,18 +212,33 @@ class Runner:
     def _train(self, run: Run, folder: Path) -> None:
         options = {"run_dir": str(folder), "trainer.enable_progress_bar": False} | run.options
         words = option_words(options)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         log = folder.with_name(f"{folder.name}.log")
-        argv = sys.argv
+        made = [path for path in (log, *log.parents) if not path.exists()]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        argv, said, code = sys.argv, io.StringIO(), 0
         sys.argv = ["cm-fit", "--config", str(run.config), *words]
         try:
-            with log.open("a", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
+            with (
+                log.open("a", encoding="utf-8") as stream,
+                contextlib.redirect_stdout(stream),
+                contextlib.redirect_stderr(said),
+            ):
                 fit.main()
         except SystemExit as error:
-            if error.code not in (0, None):
-                raise InputError(f"The run {run.name} failed with the message above.") from error
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
         finally:
             sys.argv = argv
+            if said.getvalue():
+                with log.open("a", encoding="utf-8") as stream:
+                    stream.write(said.getvalue())
+        if code:
+            last = (said.getvalue().strip().splitlines() or ["no reason was given"])[-1]
+            if not folder.exists():  # it never began: nothing of it is left
+                for path in made:
+                    path.unlink() if path == log else path.rmdir()
+            fail(
+                COMMAND, f"The run {run.name} failed. {last.removeprefix('cm-fit: error: ')}", code
+            )
 
 
 def option_words(options: dict[str, Any]) -> list[str]:
@@ -211,10 +254,12 @@ def finished(folder: Path) -> dict[str, float] | None:
     path = folder / "run.json"
     if not path.is_file():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if record.get("results", {}).get("kimg", -1) < record["total_kimg"]:
+    record = read_mapping(path)
+    check_form(record, RECORD, str(path))
+    results = record.get("results")
+    if not results or results["kimg"] < record["total_kimg"]:
         return None
-    last: dict[str, float] = record["results"]["last"]
+    last: dict[str, float] = results["last"]
     return last
 
 
@@ -246,6 +291,9 @@ def execute(study: Study, out: Path, only: Sequence[str] = ()) -> dict[str, Any]
         Chosen values, mean results of the search, and results by arm, metric and seed.
     """
     arms = {name: arm for name, arm in study.arms.items() if not only or name in only}
+    for arm in arms.values():  # a mistake in the last arm is found before the first one trains
+        words = ["--config", str(arm.config), *option_words(arm.options)]
+        check_keys(words, fit.GROUPS, fit.SCALARS)
     searched = {name for name, arm in arms.items() if study.tune and not arm.tuned_as}
     tries = 0 if study.tune is None else len(study.tune.values) * len(study.tune.seeds)
     runner = Runner(out, len(searched) * tries + len(arms) * len(study.seeds))

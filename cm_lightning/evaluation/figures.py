@@ -42,13 +42,16 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        return [
+        found = [
             {key: float(value) for key, value in row.items() if value not in ("", None)}
             for row in rows
         ]
+        if any("kimg" not in row or None in row for row in found):
+            raise ValueError("a row has no kimg, or more cells than the first line")
+        return found
     except FileNotFoundError as error:
         raise InputError(f"There is no {path}.") from error
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+    except (OSError, TypeError, ValueError, csv.Error) as error:
         raise InputError(f"{path} is not a metrics.csv of a run.") from error
 
 
