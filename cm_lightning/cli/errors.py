@@ -68,7 +68,8 @@ def about_machine(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename} cannot be read or written: {error.strerror or error}."
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return f"There is not enough memory for this: {str(error) or 'none is left'}."
+        found = re.search(r"tried to allocate \d+ bytes|Unable to allocate [^.\n]+", str(error))
+        return f"There is not enough memory for this{f': {found[0]}' if found else ''}."
     if isinstance(error, ValueError) and "null byte" in str(error):
         return "The name of a file holds a null character, which no name can have."
     return None

@@ -148,7 +148,8 @@ class FitCLI(LightningCLI):
         except (InputError, MisconfigurationException):
             raise
         except Exception as error:  # classes of any package raise whatever they like
-            reason = about_input(error) or f"The config cannot be built: {complaint(error)}."
+            reason = about_input(error) or about_machine(error)
+            reason = reason or f"The config cannot be built: {complaint(error)}."
             raise InputError(reason) from error
 
     def before_instantiate_classes(self) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from cm_lightning.callbacks.checkpoints import checkpoints_of
 from cm_lightning.documents import check_form, read_mapping
+from cm_lightning.evaluation import read_metrics
 from cm_lightning.files import is_intact
 from cm_lightning.loggers import say
 from cm_lightning.types import InputError
@@ -76,6 +77,8 @@ def plan_run(config: Any, text: str) -> RunPlan:
                 f"--run_dir {run_dir} holds a run of a different config ({'; '.join(changed[:3])}"
                 f"{'; ...' if len(changed) > 3 else ''}): choose another directory."
             )
+        if (run_dir / "metrics.csv").exists():
+            read_metrics(run_dir / "metrics.csv")  # rows are dropped from it and added to it
     checkpoint = newest_intact(run_dir) if resume == "auto" else None
     if resume not in ("auto", "never"):
         checkpoint = Path(resume)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz.conftest import REGIMES
 from tests.fuzz.damage import MUTATIONS, mutate
-from tests.fuzz.harness import ends_well, examples, workplace
+from tests.fuzz.harness import ends_well, examples, refused, workplace
 
 
 def starts_processes(config: dict) -> bool:
@@ -108,6 +109,43 @@ def test_files_that_are_no_configs(case, command, run, weights, monkeypatch, tmp
         data = text if isinstance(text, bytes) else text.encode()
         (folder / "x.yaml").write_bytes(data)
         ends_well(folder, *words[command])
+
+
+FOUND = {
+    "model.init_args.weighting": (None, "must not be null"),
+    "model.init_args.optimizer.init_args.lr": (-1, "Invalid learning rate"),
+    "model.init_args.optimizer.init_args.betas": ([0.9, 1.0], "Invalid beta"),
+    "model.init_args.optimizer.class_path": (3, "optimizer.class_path must be a text, got 3"),
+    "model.init_args.total_kimg": (math.inf, "total_kimg is inf"),
+    "model.init_args.denoiser.init_args.backbone": (2**31, "backbone must be the name of a Module"),
+    "model.init_args.denoiser.init_args.backbone.init_args.num_blocks": (10**30, "below 2^53"),
+    "model.init_args.discretization.init_args.q": ({"a": 1}, "q must be a number, got {'a': 1}"),
+    "model.init_args.distance": ("ECT", "distance must be the name of a Distance class"),
+    "model.init_args.a\nb": (1, "Unknown key 'model.init_args.a b'"),
+    "checkpoints": ([{"keep": 1}], "checkpoints must be keys and values"),
+    "data.global_batch": (2**31, "not enough memory"),
+    "fid.samplers": ([None], "fid.samplers must be a list, each the name of a Sampler"),
+    "samples.samplers": (" ", "samples.samplers must be a list"),
+    "seed_everything": ([None], "seed_everything must be a whole number"),
+    "resume": (None, "resume must be a text, got null"),
+    "trainer.callbacks": ("torch.optim.SGD", "trainer.callbacks must be"),
+}
+
+
+@pytest.mark.parametrize("key", FOUND)
+def test_what_was_once_a_traceback(resolved, key):
+    value, words = FOUND[key]
+    config = copy.deepcopy(resolved["ect"])
+    *parents, last = key.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    if key == "data.global_batch":
+        config["data"]["micro_batch"] = None
+    with workplace() as folder:
+        (folder / "x.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        assert words in refused(folder, "cm-fit", "--config", "x.yaml", "--check")
 
 
 @examples(24)

@@ -158,7 +158,7 @@ def npy_header(shape: str, descr: str = "|u1") -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
 
 
-U8, ZEROS = np.uint8, bytes(600 << 20)
+U8, ZEROS = np.uint8, bytes(300 << 20)
 HOSTILE = {
     "x.zip": {
         "bomb": lambda: deflated("dataset.json", ZEROS),
@@ -184,7 +184,7 @@ HOSTILE = {
         "huge labels": lambda: npz(arr_0=np.zeros((2, 4, 4, 3), U8), arr_1=np.full(2, 2**40)),
         "negative labels": lambda: npz(arr_0=np.zeros((2, 4, 4, 3), U8), arr_1=np.full(2, -1)),
         "other": lambda: npz(x=np.zeros(3)),
-        "bomb": lambda: npz(arr_0=np.zeros((800, 512, 512, 3), U8)),
+        "bomb": lambda: npz(arr_0=np.zeros((400, 512, 512, 3), U8)),
         "claims": lambda: deflated("arr_0.npy", npy_header("(9999999, 999, 999, 3)")),
         "negative": lambda: deflated("arr_0.npy", npy_header("(-1, 4, 4, 3)")),
         "header": lambda: deflated("arr_0.npy", b"\x93NUMPY\x03\x00\xff\xff\xff\xff"),

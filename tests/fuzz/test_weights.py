@@ -64,7 +64,8 @@ def test_damaged_folders_of_weights(weights, run, number, damage, reader):
 
 
 RUN_FILES = ("config.yaml", "run.json", "metrics.csv", "eval/eval.json", "newest", "oldest")
-RUN_READERS = ("sample", "inspect", "export", "phema", "own", "init", "compare", "resume", "eval")
+RUN_READERS = ("sample", "inspect", "export", "phema", "own", "init", "compare", "eval")
+RUN_READERS += ("resume", "continue")
 
 
 @examples(30)
@@ -75,12 +76,16 @@ def test_damaged_runs(run, name, damage, reader):
         checkpoints = sorted((here / "checkpoints").iterdir())
         place = {"newest": checkpoints[-1], "oldest": checkpoints[0]}.get(name, here / name)
         damage_one(place, damage)
+        if reader == "continue" and place != checkpoints[-1]:
+            checkpoints[-1].unlink()
+        again = ["cm-fit", "--config", run / "config.yaml", "--run_dir", "run"]
         words = commands("run", run) | {
             "own": ["cm-eval", "run", "--n", 66, "--seeds", 0, 1, "--sigmas", 80],
             "compare": ["cm-compare", "run", run, "--out", "out"],
-            "resume": ["cm-fit", "--config", run / "config.yaml", "--run_dir", "run"],
+            "resume": again,
+            "continue": again,
         }
-        outputs = ("out", "run") if reader in ("own", "resume") else ("out",)
+        outputs = ("out", "run") if reader in ("own", "resume", "continue") else ("out",)
         ends_well(folder, *words[reader], outputs=outputs)
 
 
