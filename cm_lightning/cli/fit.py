@@ -154,7 +154,13 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Decide where the run lives and what it continues from; nothing is written yet."""
-        text = self.parser.dump(self.config, skip_none=False)
+        try:
+            text = self.parser.dump(self.config, skip_none=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                "A value of the config cannot be written to config.yaml, so that the run could not "
+                f"be repeated: {one_line(error)[-200:]}."
+            ) from error
         self.plan = plan_run(self.config, text)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

@@ -123,6 +123,10 @@ MISTAKES = {
         *["cm-fit", "--config", "x.yaml", "--check"],
         *["--model.discretization", "{class_path: ECTMapping, init_args: {q: null}}"],
     ],
+    "fit: a callback that YAML cannot hold": [
+        *["cm-fit", "--config", "x.yaml", "--check"],
+        *["--trainer.callbacks", "[{class_path: lightning.pytorch.callbacks.Timer}]"],
+    ],
     "fit: endless": ["cm-fit", "--config", "x.yaml", "--check", "--fid.samplers", "&a [*a]"],
     "fit: deep": ["cm-fit", "--config", "x.yaml", "--check", "--fid.samplers", "[" * 5000],
     "fit: run_dir under a file": ["cm-fit", "--config", "x.yaml", "--run_dir", "file.txt/run"],
