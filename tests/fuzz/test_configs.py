@@ -92,7 +92,14 @@ def no_network(*arguments: object, **options: object) -> None:
 
 
 @pytest.mark.parametrize("case", TEXTS)
-@pytest.mark.parametrize("command", ["fit", "eval", "prefetch", "study"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "fit",
+        "study",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("eval", "prefetch")),
+    ],
+)
 def test_files_that_are_no_configs(case, command, run, weights, monkeypatch, tmp_path):
     if command == "prefetch":
         monkeypatch.delenv("CM_OFFLINE")
