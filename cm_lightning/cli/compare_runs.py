@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from cm_lightning.cli.evaluate import RESULTS
 from cm_lightning.cli.run_dir import flatten, read_config
+from cm_lightning.cli.study import RECORD
+from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.evaluation import read_metrics
 from cm_lightning.types import InputError
 
@@ -66,13 +68,17 @@ def read_entry(path: Path) -> Entry:
         InputError: If it is not a run, or has no results yet.
     """
     try:
-        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a run directory: run.json cannot be read.") from error
+        record = read_mapping(path / "run.json")
+        check_form(record, RECORD, str(path / "run.json"))
+    except InputError as error:
+        raise InputError(
+            f"{path} is not a run directory: run.json cannot be read. {error}"
+        ) from error
     rows = read_metrics(path / "metrics.csv")
     found = path / "eval" / "eval.json"
     if found.is_file():
-        content = json.loads(found.read_text(encoding="utf-8"))
+        content = read_mapping(found)
+        check_form(content, RESULTS, str(found))
         distances: dict[str, list[float]] = {}
         for row in content["results"]:
             if "fd" in row:
@@ -85,7 +91,7 @@ def read_entry(path: Path) -> Entry:
         if not results:
             raise InputError(f"{path} has no results yet: let it finish, or run cm-eval on it.")
         distances = {key: [value] for key, value in results["last"].items()}
-        measured = results.get("measured_with", {})
+        measured = results.get("measured_with") or {}
         identity = {key: measured.get(key) for key in [*SAME, "features"]}
         identity["data_fingerprint"] = record.get("data_fingerprint")
     config = read_config(path / "config.yaml")

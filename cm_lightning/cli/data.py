@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
-from cm_lightning.cli.errors import CommandParser, readable_errors
+from cm_lightning.cli.errors import CommandParser, readable_errors, whole
 from cm_lightning.data import (
     KINDS,
     TRANSFORMS,
@@ -22,6 +21,7 @@ from cm_lightning.data import (
     convert,
     open_images,
 )
+from cm_lightning.documents import build, check_form, read_mapping
 from cm_lightning.evaluation import FeatureExtractor, image_grid, reference_statistics, save_png
 from cm_lightning.evaluation.images import replacing
 from cm_lightning.types import InputError
@@ -42,9 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", required=True, help="folder to make; must not exist")
     add("--kind", choices=tuple(KINDS), help="layout [found out]")
     add("--transform", choices=TRANSFORMS, default="none", help="how images get their size [none]")
-    add("--resolution", type=int, help="height and width of the stored images")
+    add("--resolution", type=whole(16384), help="height and width of the stored images")
     add("--channels", type=int, choices=(1, 3), help="[those of the first image]")
-    add("--workers", type=int, default=0, help="processes that decode; 0 for this one [0]")
+    add("--workers", type=whole(1024), default=0, help="processes that decode; 0 for this one [0]")
     add("--skip_corrupt", action="store_true", help="leave out images that cannot be read")
     inspect = actions.add_parser("inspect", help="say what a store holds")
     inspect.add_argument("store", help="folder of a store")
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     stats.add_argument("--features", default="Inception", help="Inception, Timm, ... [Inception]")
     stats.add_argument("--weights", help="file with the weights of the features")
     stats.add_argument("--out", required=True, help=".npz to write: mu, sigma and where from")
-    stats.add_argument("--batch", type=int, default=256, help="images per pass [256]")
+    stats.add_argument("--batch", type=whole(), default=256, help="images per pass [256]")
     fetch = actions.add_parser("prefetch", help="every download a config will need")
     fetch.add_argument("--config", required=True, nargs="+", help="YAML files of cm-fit")
     return parser
@@ -143,6 +143,8 @@ def moments(store: ImageStore) -> tuple[float, float]:
 
 def inspect(options: argparse.Namespace) -> None:
     """Describe a store."""
+    if options.grid and Path(options.grid).exists():
+        raise InputError(f"--grid {options.grid} exists already: choose another file.")
     store = ImageStore(options.store)
     print(describe(store))
     mean, std = moments(store)
@@ -160,9 +162,13 @@ def inspect(options: argparse.Namespace) -> None:
 
 def stats(options: argparse.Namespace) -> None:
     """Write reference statistics."""
+    if options.batch < 1:
+        raise InputError(f"--batch must be 1 or more, got {options.batch}.")
     store = ImageStore(options.store)
     init = {} if options.weights is None else {"weights": options.weights}
     extractor = build_features({"class_path": options.features, "init_args": init}, "--features")
+    if Path(options.out).exists():
+        raise InputError(f"--out {options.out} exists already: choose another file.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     extractor.load().to(device)
     found = reference_statistics(
@@ -191,55 +197,42 @@ def build_features(config: Any, where: str) -> FeatureExtractor:
     Raises:
         InputError: If it is not one of this package.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
-
     check_class_paths(config, where)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--features", type=FeatureExtractor)
-    try:
-        built = parser.instantiate_classes(parser.parse_object({"features": config}))["features"]
-    except ArgumentError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{where} does not describe features: {reason}") from error
-    assert isinstance(built, FeatureExtractor)
+    what = f"The features that {where} describes"
+    built: FeatureExtractor = build({"features": FeatureExtractor}, {"features": config}, what)[
+        "features"
+    ]
     return built
 
 
 def prefetch(options: argparse.Namespace) -> None:
     """Download, or find, everything that configs need from the network, and say where it is."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
     if os.environ.get("CM_OFFLINE", "0") not in ("", "0"):
         raise InputError("CM_OFFLINE is set, so nothing may be downloaded: unset it to prefetch.")
     content: dict[str, Any] = {}
     for name in options.config:
-        try:
-            content |= yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
-            raise InputError(f"{name} cannot be read as a YAML mapping.") from error
+        content |= read_mapping(name, "config")
     where = " and ".join(options.config)
+    form = {"fid?": {"profiles?": list}, "model?": {"init_args?": dict}, "data?": dict}
+    check_form(content, form, where)
     fid = content.get("fid") or {}
     if fid.get("profiles") != []:
         extractor = build_features(fid.get("features") or {"class_path": "Inception"}, where)
         extractor.load()
         print(f"features  {extractor.name}: SHA-256 {extractor.fingerprint[:16]}")
-    distance = (content.get("model", {}).get("init_args") or {}).get("distance")
+    distance = ((content.get("model") or {}).get("init_args") or {}).get("distance")
     if distance is not None and "LPIPS" in str(distance):
-        from cm_lightning.objective import LPIPS
+        from cm_lightning.objective import LPIPS, Distance
 
-        init = distance.get("init_args", {}) if isinstance(distance, dict) else {}
-        LPIPS(**init).prepare(None)
+        check_class_paths(distance, where)
+        lpips = build({"distance": Distance}, {"distance": distance}, f"The distance of {where}")
+        if isinstance(lpips["distance"], LPIPS):
+            lpips["distance"].prepare(None)
         print("distance  LPIPS: weights are there")
     if content.get("data") is not None:
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(ImageDataModule, "data")
         check_class_paths(content["data"], where)
-        try:
-            parsed = parser.parse_object({"data": content["data"]})
-        except ArgumentError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{where} does not describe data: {reason}") from error
-        data = parser.instantiate_classes(parsed)["data"]
+        given = {"data": content["data"]}
+        data = build({"data": ImageDataModule}, given, f"`data` of {where}")["data"]
         data.prepare_data()
         data.setup()
         print(f"data      {data.store.path}: {data.fingerprint[:16]}, {len(data.store):,} images")

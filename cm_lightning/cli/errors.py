@@ -3,38 +3,76 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
-from cm_lightning.cli.keys import find_path
 from cm_lightning.cli.modules import refusal
+from cm_lightning.documents import one_line
 from cm_lightning.types import InputError
 
-__all__ = ["CommandParser", "Parser", "fail", "readable_errors"]
+__all__ = [
+    "CommandParser",
+    "Parser",
+    "about_input",
+    "about_machine",
+    "fail",
+    "finite",
+    "readable_errors",
+    "whole",
+]
+
+
+LONGEST = 1000
+"""Characters of a message; values of the user's may be of any length."""
 
 
 def fail(command: str, message: str, code: int = 2) -> NoReturn:
     """Print ``<command>: error: <message>`` and leave."""
-    sys.stderr.write(f"{command}: error: {message}\n")
+    text = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    sys.stderr.write(f"{command}: error: {text}\n")
     sys.exit(code)
 
 
 @contextmanager
 def readable_errors(command: str) -> Iterator[None]:
-    """Turn errors about the user's input into a message and exit code 2; others pass through."""
+    """Turn errors into a message: about the user's input with exit code 2, any other with 1.
+
+    Those that nobody foresaw keep their traceback, with a sentence below it.
+    """
     try:
         yield
-    except (ValueError, MisconfigurationException) as error:
-        message = about_input(error)
+    except Exception as error:
+        message = about_input(error) or about_machine(error)
         if message is None:
-            raise
+            traceback.print_exc()
+            message = (
+                f"an unexpected {type(error).__name__}: {error}. It is a mistake of the program; "
+                "the lines above say where. Files that were written before are kept."
+            )
+            fail(command, message, 1)
         fail(command, message)
+
+
+def about_machine(error: Exception) -> str | None:
+    """The sentence about a file or memory that the machine refused, ``None`` for other errors."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be read or written: {error.strerror or error}."
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        found = re.search(r"tried to allocate \d+ bytes|Unable to allocate [^.\n]+", str(error))
+        return f"There is not enough memory for this{f': {found[0]}' if found else ''}."
+    if isinstance(error, ValueError) and "null byte" in str(error):
+        return "The name of a file holds a null character, which no name can have."
+    return None
 
 
 def about_input(error: BaseException) -> str | None:
@@ -50,12 +88,33 @@ def about_input(error: BaseException) -> str | None:
         if isinstance(cause, InputError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
-    if "Subtypes:" in str(error):
-        for line in str(error).splitlines():
-            reason = line.strip().removeprefix("- ")
-            if line.strip().startswith("- ") and not reason.startswith("Expected a"):
-                return reason
     return None
+
+
+def whole(most: int = 10**7) -> Callable[[str], int]:
+    """Type of an option that is a whole number, no larger than this up or down."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = most + 1
+        if abs(value) > most:
+            raise argparse.ArgumentTypeError(f"a whole number up to {most:,}, not '{text[:50]}'")
+        return value
+
+    return read
+
+
+def finite(text: str) -> float:
+    """Type of an option that is a number, and neither NaN nor infinite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"a finite number is needed, not '{text[:50]}'")
+    return value
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -69,36 +128,30 @@ class CommandParser(argparse.ArgumentParser):
 class Parser(LightningArgumentParser):
     """Parser whose errors are a sentence instead of the usage of a thousand options."""
 
+    def explain(self) -> str | None:
+        """What is wrong with the values given, if that is known."""
+        return None
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and exit with code 2."""
         ours = None if ex is None else about_input(ex)
         if denied := re.search(r"Importing '([^']+)' is not allowed", message):
             ours = refusal(denied[1])
-        fail("cm-fit", ours or shorten(message, sys.argv[1:]))
+        fail("cm-fit", ours or self.explain() or shorten(message))
 
 
-def shorten(message: str, argv: list[str]) -> str:
-    """Put the full path of the key into a parser's message and drop what says nothing.
+def shorten(message: str) -> str:
+    """Drop from a parser's message what says nothing.
 
     Args:
         message: The parser's message.
-        argv: Command line without the program.
     """
-    message = message.strip()
-    match = re.match(
-        r'Parser key "(?P<key>[^"]+)":\s*Expected an? (?P<type>.+?)\.? Got value: (?P<value>.*)',
-        message,
-        re.DOTALL,
-    )
-    if match:
-        value = match["value"].strip()
-        kind = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match["type"]).replace("typing.", "")
-        return f"{find_path(argv, match['key'], value)} must be of type {kind}, got '{value}'."
-    match = re.match(
-        r'Parser key "(?P<key>[^"]+)":.*import path string: (?P<value>\S+)', message, re.DOTALL
-    )
-    if match:
-        path = find_path(argv, match["key"], match["value"])
-        return f"{path}: there is no class '{match['value']}'; see cm-fit --help."
-    reasons = [line.strip() for line in message.splitlines() if line.strip()]
-    return " ".join(reasons)[:400]
+    found = re.match(r'(?:Parser key "([^"]+)": *)?(.*)', message.strip(), re.DOTALL)
+    assert found is not None
+    for line in message.split("Subclass types expect")[0].splitlines():
+        tried = line.strip().removeprefix("- ")
+        if line.strip().startswith("- ") and not tried.startswith("Expected a"):
+            return (f"{found[1]}: " if found[1] else "") + one_line(tried)[:400] + "."
+    reason = re.split(r"Subtypes:|Subclass types expect|Given value", found[2])[0]
+    reason = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", reason.replace("typing.", ""))
+    return (f"{found[1]}: " if found[1] else "") + one_line(reason)[:400] + "."

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from cm_lightning.callbacks.run_record import device_name, versions, write_text
-from cm_lightning.cli.errors import CommandParser, readable_errors
+from cm_lightning.cli.errors import CommandParser, finite, readable_errors, whole
 from cm_lightning.cli.study import table
 from cm_lightning.data import ImageDataModule
+from cm_lightning.documents import build, check_form, one_line, read_mapping
 from cm_lightning.evaluation import (
     FeatureExtractor,
     load_statistics,
@@ -78,6 +79,20 @@ class Cell(NamedTuple):
 
 
 KEY = ("ema", "guidance", "worse", "sampling", "seed")
+RESULTS = {
+    "results": [
+        {
+            "ema": str,
+            "guidance": float,
+            "worse": (str, type(None)),
+            "sampling": str,
+            "seed": int,
+            "nfe": int,
+            **dict.fromkeys(("fd?", "kid?", "is?", "precision?", "recall?"), float),
+        }
+    ]
+}
+"""Form of ``eval.json``."""
 
 
 class Against(NamedTuple):
@@ -109,13 +124,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("source", help="run directory, .ckpt file of a run, or weights folder")
     add("--config", help="YAML with `data` and `fid`, for weights without a run or other features")
     add("--out", help="folder for the results [SOURCE/eval]")
-    add("--n", type=int, default=50_000, help="samples per seed [50000]")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the noise [0 1 2]")
+    add("--n", type=whole(), default=50_000, help="samples per seed [50000]")
+    add(
+        "--seeds",
+        type=whole(2**53),
+        nargs="+",
+        default=[0, 1, 2],
+        help="seeds of the noise [0 1 2]",
+    )
     add("--scores", nargs="+", default=["fd"], metavar="S", help=f"of {', '.join(SCORES)} [fd]")
     add("--ema", nargs="+", metavar="NAME", help="EMA profiles, or live [the run's first profile]")
     add(
         "--sigmas",
-        type=float,
+        type=finite,
         nargs="+",
         action="append",
         metavar="SIGMA",
@@ -129,16 +150,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--phases",
-        type=float,
+        type=finite,
         nargs="+",
         action="append",
         metavar="EDGE",
         help="deterministic phases: their number, or their edges; may be given several times",
     )
-    add("--eta", type=float, nargs="+", default=[1.0], help="edge skipping of --phases [1]")
-    add("--heun", type=int, nargs="+", default=[], metavar="STEPS", help="EDM's sampler")
-    add("--euler", type=int, nargs="+", default=[], metavar="STEPS", help="first-order sampler")
-    add("--guidance", type=float, nargs="+", default=[1.0], metavar="W", help="scales [1]")
+    add("--eta", type=finite, nargs="+", default=[1.0], help="edge skipping of --phases [1]")
+    add("--heun", type=whole(10_000), nargs="+", default=[], metavar="STEPS", help="EDM's sampler")
+    add(
+        "--euler",
+        type=whole(10_000),
+        nargs="+",
+        default=[],
+        metavar="STEPS",
+        help="first-order sampler",
+    )
+    add("--guidance", type=finite, nargs="+", default=[1.0], metavar="W", help="scales [1]")
     add("--worse_ema", metavar="NAME", help="guide by this profile or snapshot, as ema_0.9999@0.5")
     add("--worse", metavar="RUN", help="guide by another run; without either by missing labels")
     add(
@@ -147,9 +175,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="take a reference file that says it was made from other images or features",
     )
     add("--npz", action="store_true", help="keep the samples of the first seed (arr_0: uint8)")
-    add("--batch", type=int, default=256, help="images per network call [256]")
+    add("--batch", type=whole(), default=256, help="images per network call [256]")
     add("--accelerator", default="auto", help="cpu, gpu, ... [auto]")
-    add("--devices", type=int, default=1, help="devices to share the samples [1]")
+    add("--devices", type=whole(4096), default=1, help="devices to share the samples [1]")
     return parser
 
 
@@ -173,11 +201,8 @@ def read_config(source: Path, given: str | None) -> tuple[dict[str, Any], str]:
             f"{source} is not a run, so nothing says which data and features to compare with: "
             "give --config, a YAML file with `data` and `fid`."
         )
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as YAML.") from error
-    if not isinstance(config, dict) or "fid" not in config:
+    config = read_mapping(path, "config")
+    if not isinstance(config.get("fid"), dict):
         raise InputError(
             f"{path} must be a mapping with `fid` and, unless it names a reference file, `data`."
         )
@@ -190,35 +215,27 @@ def read_against(config: Mapping[str, Any], where: str) -> Against:
     Raises:
         InputError: If it names classes of other packages or does not fit.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parts = {"fid": dict(config["fid"])}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--fid.features", type=FeatureExtractor)
-    parser.add_argument("--fid.samplers", type=list[Sampler], default=[])
-    parser.add_argument("--fid.reference", type=str, default="auto")
-    parts["fid"] = {
-        key: value
-        for key, value in config["fid"].items()
-        if key in ("features", "samplers", "reference")
+    types: dict[str, Any] = {
+        "features": FeatureExtractor,
+        "samplers": list[Sampler],
+        "reference": str,
+        "data": ImageDataModule,
     }
-    if config.get("data") is not None:
-        parser.add_class_arguments(ImageDataModule, "data")
-        parts["data"] = dict(config["data"])
-    check_class_paths(parts, where)
-    try:
-        built = parser.instantiate_classes(parser.parse_object(parts))
-    except ArgumentError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{where} does not describe data and features: {reason}") from error
-    extractor = built["fid"]["features"]
-    if extractor is None:
+    fid = config["fid"]
+    parts = {key: fid[key] for key in ("features", "samplers", "reference") if key in fid}
+    if parts.get("features") is None:
         raise InputError(f"{where} names no fid.features.")
-    data = built.get("data")
-    reference = built["fid"]["reference"]
+    if config.get("data") is None:
+        del types["data"]
+    else:
+        parts["data"] = config["data"]
+    check_class_paths(parts, where)
+    built = build(types, parts, f"`fid` or `data` of {where}")
+    extractor, data = built["features"], built.get("data")
+    reference = "auto" if built["reference"] is None else built["reference"]
     if data is None and reference == "auto":
         raise InputError(f"{where} has neither `data` nor `fid.reference`: give one of them.")
-    return Against(data, extractor, reference, built["fid"]["samplers"])
+    return Against(data, extractor, reference, built["samplers"] or [])
 
 
 def choose_samplers(
@@ -261,9 +278,9 @@ def mid_levels(given: Sequence[str] | None) -> list[float]:
         low, high, n = float(given[0]), float(given[1]), int(given[2])
     except ValueError as error:
         raise InputError(f"--mid {' '.join(given)}: two levels and a number are needed.") from error
-    if not 0 < low < high < 80 or n < 2:
+    if not 0 < low < high < 80 or not 2 <= n <= 1000:
         raise InputError(
-            f"--mid needs 0 < LOW < HIGH < 80 and N of 2 or more, got {low:g} {high:g} {n}."
+            f"--mid needs 0 < LOW < HIGH < 80 and N of 2 to 1000, got {low:g} {high:g} {n}."
         )
     step = math.log(high / low) / (n - 1)
     return [float(f"{low * math.exp(i * step):.4g}") for i in range(n)]
@@ -304,7 +321,13 @@ def run(options: argparse.Namespace) -> None:
         for scale in options.guidance
     }
     against.extractor.load()
-    fabric = L.Fabric(accelerator=options.accelerator, devices=options.devices)
+    try:
+        fabric = L.Fabric(accelerator=options.accelerator, devices=options.devices)
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        raise InputError(
+            f"--accelerator {options.accelerator} with --devices {options.devices} cannot be used "
+            f"here: {one_line(error)}."
+        ) from error
     fabric.launch()
     reference = prepare_reference(against, options, fabric)
     check_scores(options.scores, options.n, reference.real_n, against.extractor)
@@ -520,11 +543,13 @@ class Book:
         if not self.path.is_file():
             return
         try:
-            old = json.loads(self.path.read_text(encoding="utf-8"))
+            old = read_mapping(self.path)
+            check_form(old, RESULTS | dict.fromkeys(identity, object), str(self.path))
             self.results, weights = old["results"], old["weights"]
-            compared = {key: old[key] for key in identity if key not in ("source", "weights")}
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.path} is not a result of {COMMAND}.") from error
+            check_form(weights, {...: str}, str(self.path), "weights")
+        except InputError as error:
+            raise InputError(f"{self.path} is not a result of {COMMAND}: {error}") from error
+        compared = {key: old[key] for key in identity if key not in ("source", "weights")}
         known = identity["weights"]
         compared["weights"] = {name: weights.get(name, digest) for name, digest in known.items()}
         for key, value in compared.items():

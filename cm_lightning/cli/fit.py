@@ -8,6 +8,8 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,13 @@ from cm_lightning.callbacks import (
     SamplesCallback,
     checkpoints_of,
 )
-from cm_lightning.cli.errors import Parser, fail, readable_errors
+from cm_lightning.cli.errors import Parser, about_input, about_machine, fail, readable_errors
 from cm_lightning.cli.help import fit_help
-from cm_lightning.cli.keys import check_keys
+from cm_lightning.cli.keys import check_keys, misfit
 from cm_lightning.cli.modules import allow_modules
 from cm_lightning.cli.run_dir import RunPlan, plan_run, run_record
 from cm_lightning.data import ImageDataModule
+from cm_lightning.documents import complaint, one_line
 from cm_lightning.ema import ConstantEMA
 from cm_lightning.files import is_intact
 from cm_lightning.loggers import KimgWandbLogger, MetricsCSV, WandbOptions, wandb_logger
@@ -56,16 +59,24 @@ GROUPS: dict[str, type] = {
     "checkpoints": CheckpointCallback,
     "wandb": WandbOptions,
 }
-SCALARS = [
-    "config",
-    "run_dir",
-    "resume",
-    "check",
-    "allow_modules",
-    "seed_everything",
-    "print_config",
-    "help",
-]
+SCALARS: dict[str, Any] = {
+    "config": None,
+    "run_dir": str | None,
+    "resume": str,
+    "check": bool,
+    "allow_modules": str | None,
+    "seed_everything": int,
+    "print_config": None,
+    "help": None,
+}
+
+
+class FitParser(Parser):
+    """The parser, which can say what every key takes."""
+
+    def explain(self) -> str | None:
+        """The first value that does not fit its key."""
+        return misfit(sys.argv[1:], GROUPS, SCALARS)
 
 
 class FitCLI(LightningCLI):
@@ -85,7 +96,7 @@ class FitCLI(LightningCLI):
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
             },
-            parser_class=Parser,
+            parser_class=FitParser,
             parser_kwargs={"prog": COMMAND, "allow_abbrev": False},
             subclass_mode_model=True,
             args=args,
@@ -130,9 +141,26 @@ class FitCLI(LightningCLI):
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
             raise InputError(f"seed_everything must be a number from 0 to 2^32 - 1, got {seed}.")
 
+    def instantiate_classes(self) -> None:
+        """Build everything; what a class refuses is a mistake in the config."""
+        try:
+            super().instantiate_classes()
+        except (InputError, MisconfigurationException):
+            raise
+        except Exception as error:  # classes of any package raise whatever they like
+            reason = about_input(error) or about_machine(error)
+            reason = reason or f"The config cannot be built: {complaint(error)}."
+            raise InputError(reason) from error
+
     def before_instantiate_classes(self) -> None:
         """Decide where the run lives and what it continues from; nothing is written yet."""
-        text = self.parser.dump(self.config, skip_none=False)
+        try:
+            text = self.parser.dump(self.config, skip_none=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                "A value of the config cannot be written to config.yaml, so that the run could not "
+                f"be repeated: {one_line(error)[-200:]}."
+            ) from error
         self.plan = plan_run(self.config, text)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -158,12 +186,7 @@ class FitCLI(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
-            raise InputError(f"The trainer refuses its settings: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split())
+            raise InputError(f"The trainer refuses its settings: {one_line(error)}.") from error
 
 
 def as_config(leaf: Any) -> dict[str, Any]:
@@ -227,6 +250,7 @@ def _is_ours(record: Any) -> bool:
     noise = (
         "GPU available",
         "TPU available",
+        "Running in `fast_dev_run`",
         "HPU available",
         "`Trainer.fit` stopped",
         "💡 Tip",
@@ -251,7 +275,8 @@ def fit(cli: FitCLI) -> None:
         )
         return
     try:
-        trainer.fit(module, cli.datamodule, ckpt_path=plan.checkpoint, weights_only=True)
+        with starting(module, 0 if checkpoint is None else checkpoint["cm_lightning"]["nimg"]):
+            trainer.fit(module, cli.datamodule, ckpt_path=plan.checkpoint, weights_only=True)
         if trainer.is_global_zero:
             export(cli)
     except TrainingStopped as error:
@@ -285,6 +310,27 @@ def is_finished(run_dir: Path, checkpoint: dict[str, Any], total_nimg: int) -> b
         and record.get("kimg") == nimg / 1000
         and all((run_dir / "weights" / name / "config.json").is_file() for name in names)
     )
+
+
+@contextmanager
+def starting(module: ConsistencyModule, nimg: int = 0) -> Iterator[None]:
+    """Until the first step is done, an error is a mistake in the input; later ones pass through.
+
+    Args:
+        module: What is trained.
+        nimg: Images seen before.
+
+    Raises:
+        InputError: If there was one.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, TrainingStopped) or about_input(error) or about_machine(error)
+        if known or module.nimg > nimg:
+            raise
+        what = "This checkpoint cannot be continued" if nimg else "This config cannot be trained"
+        raise InputError(f"{what}: {complaint(error)}.") from error
 
 
 def prepare_resume(cli: FitCLI) -> dict[str, Any] | None:
@@ -334,7 +380,8 @@ def check(cli: FitCLI) -> None:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         data.use_temporary_cache(Path(folder))
-        trainer.fit(module, data)
+        with starting(module):
+            trainer.fit(module, data)
         seconds = time.perf_counter() - started
         values = fid.evaluate(trainer, module) if fid.enabled else {}
     print(check_report(cli, seconds, values))

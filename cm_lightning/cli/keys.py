@@ -10,18 +10,22 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import math
+import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import yaml
-
+from cm_lightning.cli.hints import fits, takes_null, words
 from cm_lightning.cli.modules import check_module
+from cm_lightning.documents import one_line, read_mapping, read_value
 from cm_lightning.types import InputError
 
-__all__ = ["check_keys", "find_path", "given_keys"]
+__all__ = ["check_keys", "given_keys", "misfit"]
 
 _WRAPPERS = ("class_path", "init_args", "dict_kwargs")
+COMMAND_LINE = "the command line"
+_LARGEST = 2**53
+"""Whole numbers from here on are no counts of anything."""
 
 
 def given_keys(argv: list[str]) -> Iterator[tuple[str, Any, str]]:
@@ -43,26 +47,13 @@ def given_keys(argv: list[str]) -> Iterator[tuple[str, Any, str]]:
         following = argv[number + 1] if number + 1 < len(argv) else ""
         given = value if equals else following
         if key in ("-c", "config"):
-            yield from ((k, v, given) for k, v in _walk(_read(given), ""))
+            yield from ((k, v, given) for k, v in _walk(read_mapping(given, "config file"), ""))
         else:
+            key = key.rstrip("+")
             absent = not equals and (not following or following.startswith("--"))
-            yield key.rstrip("+"), None if absent else given, "the command line"
-
-
-def _read(path: str) -> Mapping[str, Any]:
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"There is no config file {path}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The config file {path} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        where = "" if line is None else f" (line {line + 1})"
-        raise InputError(f"{path} is not valid YAML{where}.") from error
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path} is not a config: its content must be keys and values.")
-    return content
+            yield key, None if absent else given, COMMAND_LINE
+            if not absent and given.startswith(("{", "[")):
+                yield from ((k, v, COMMAND_LINE) for k, v in _walk(read_value(given, key), key))
 
 
 def _walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -76,71 +67,154 @@ def _walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _walk(value, f"{prefix}.{number}")
 
 
-def check_keys(argv: list[str], groups: Mapping[str, type], scalars: list[str]) -> None:
+def check_keys(argv: list[str], groups: Mapping[str, type], scalars: Mapping[str, Any]) -> None:
     """Refuse keys that nothing accepts.
 
     Args:
         argv: Command line without the program.
         groups: Class behind each top-level key that has parts.
-        scalars: Top-level keys without parts.
+        scalars: Type of each top-level key without parts.
 
     Raises:
         InputError: If a key is unknown; it names the key's path, its origin and the nearest key.
     """
     given = list(given_keys(argv))
-    named: dict[str, dict[str, str]] = {}  # by origin: a later file may replace a whole list
+    classes = {where: _classes(given, where) for _, _, where in given}
     for key, value, where in given:
-        if isinstance(value, str):
-            path = key.replace(".init_args", "").removesuffix(".class_path")
-            named.setdefault(where, {})[path] = value
-    last = {path: value for words in named.values() for path, value in words.items()}
-    for key, _, where in given:
         parts = key.split(".")
         if parts[0] not in groups:
             if parts[0] not in scalars:
                 _refuse(key, parts[0], "", [*scalars, *groups], where)
+            hint = scalars[parts[0]]
+            null = _is_null(value, where) and not takes_null(hint)
+            if hint is not None and (len(parts) > 1 or null or _is_wild(value, hint)):
+                shown = "null" if value is None else value
+                raise InputError(f"{parts[0]} must be {words(hint)}, got {shown} (in {where}).")
             continue
         if parts[-1] == "help":
             continue
-        _check_path(key, parts, groups[parts[0]], last | named.get(where, {}), where)
+        if len(parts) == 1 and where != COMMAND_LINE and not isinstance(value, (Mapping, str)):
+            accepted = ", ".join(_arguments(groups[key]) or ("class_path", "init_args"))
+            raise InputError(
+                f"{key} must be keys and values ({accepted}), got {value} (in {where})."
+            )
+        hint = _check_path(key, parts, groups[parts[0]], classes[where], where)
+        if _is_wild(value, hint):
+            raise InputError(
+                f"{key} is {value} (in {where}): numbers must be finite, whole ones below 2^53."
+            )
+        if _is_null(value, where) and not takes_null(hint):
+            wanted = "" if hint is None else f": it must be {words(hint)}"
+            raise InputError(f"{key} must not be null (in {where}){wanted}.")
+
+
+def _is_wild(value: Any, hint: Any) -> bool:
+    """Whether a number, in words too, is NaN, infinite or too large to count with."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"[-+]?\.?(nan|inf|infinity)", value.strip().lower())
+        return found is not None and "number" in words(hint)
+    return isinstance(value, (int, float)) and not (
+        abs(value) < (_LARGEST if isinstance(value, int) else math.inf)
+    )
+
+
+def _is_null(value: Any, where: str) -> bool:
+    if where == COMMAND_LINE and isinstance(value, str):
+        return value.strip().lower() in ("null", "~")
+    return value is None and where != COMMAND_LINE
+
+
+def misfit(argv: list[str], groups: Mapping[str, type], scalars: Mapping[str, Any]) -> str | None:
+    """The first value that its key cannot take, in a sentence; ``None`` if all may fit.
+
+    Args:
+        argv: Command line without the program.
+        groups: Class behind each top-level key that has parts.
+        scalars: Type of each top-level key without parts.
+    """
+    given = list(given_keys(argv))
+    for key, value, where in given:
+        try:
+            hint = _hint(key, given, where, groups, scalars)
+        except InputError:
+            continue
+        if where == COMMAND_LINE and isinstance(value, str) and not fits(value, hint, _resolve):
+            value = read_value(value, key)
+        parts = key.split(".")
+        if not fits(value, hint, _resolve) and not (value is None and where == COMMAND_LINE):
+            shown = one_line(repr(value))
+            shown = shown if len(shown) < 100 else f"{shown[:100]} ..."
+            path = ".".join(part for part in parts if part != "init_args")
+            name = value.get("class_path") if isinstance(value, Mapping) else value
+            if isinstance(name, str) and words(hint).startswith("the name") and not _resolve(name):
+                return f"{path}: there is no class '{name}' (in {where}); see cm-fit --help."
+            return f"{path} must be {words(hint)}, got {shown} (in {where})."
+    return None
+
+
+def _hint(
+    key: str,
+    given: list[tuple[str, Any, str]],
+    where: str,
+    groups: Mapping[str, type],
+    scalars: Mapping[str, Any],
+) -> Any:
+    parts = key.split(".")
+    if parts[0] in scalars or parts[0] not in groups or parts[-1] == "help":
+        return scalars.get(key)
+    return _check_path(key, parts, groups[parts[0]], _classes(given, where), where)
+
+
+def _classes(given: list[tuple[str, Any, str]], where: str) -> dict[str, str]:
+    """Class named for every key; in a file its own, as a later one may replace a list."""
+    named: dict[str, dict[str, str]] = {}
+    for key, value, origin in given:
+        if isinstance(value, str):
+            path = key.replace(".init_args", "").removesuffix(".class_path")
+            named.setdefault(origin, {})[path] = value
+    last = {path: value for words in named.values() for path, value in words.items()}
+    return last | named.get(where, {})
 
 
 def _check_path(
     key: str, parts: list[str], cls: type | None, classes: Mapping[str, str], where: str
-) -> None:
-    path = parts[0]
+) -> Any:
+    """Check every part of a key; returns the type of its value, ``None`` if that is not known."""
+    path, hint = parts[0], cls
     for part in parts[1:]:
         if part in _WRAPPERS or part.isdigit():
             path = f"{path}.{part}"
+            hint = {"class_path": str, "init_args": dict, "dict_kwargs": dict}.get(part)
             continue
         named = classes.get(path.replace(".init_args", ""))
         cls = _resolve(named) if named else cls
         if cls is None or inspect.isabstract(cls):
-            return  # the parser will say which class is missing
+            return None  # the parser will say which class is missing
         accepted = _arguments(cls)
         if accepted is None:
-            return
+            return None
         if part not in accepted:
             _refuse(key, part, f"{path}.", list(accepted), where, cls)
-        path, cls = f"{path}.{part}", accepted[part]
+        path = f"{path}.{part}"
+        hint, cls = accepted[part]
+    return hint
 
 
-def _arguments(cls: type) -> dict[str, type | None] | None:
-    """Arguments of a class with the class of those that have parts of their own."""
+def _arguments(cls: type) -> dict[str, tuple[Any, type | None]] | None:
+    """Arguments of a class with their types and the class of those that have parts of their own."""
     parameters = inspect.signature(cls).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return None
     try:
-        hints = get_type_hints(
-            cls if dataclasses.is_dataclass(cls) else vars(cls).get("__init__", cls)
-        )
+        made = cls if dataclasses.is_dataclass(cls) else cls.__init__  # type: ignore[misc]
+        hints = get_type_hints(made)
     except (NameError, TypeError):
         hints = {}
-    found: dict[str, type | None] = {}
+    found: dict[str, tuple[Any, type | None]] = {}
     for name in parameters:
         hint = hints.get(name)
         kinds = [h for h in (hint, *get_args(hint)) if isinstance(h, type)]
-        found[name] = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+        found[name] = hint, next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
     return found
 
 
@@ -172,25 +246,3 @@ def _refuse(
         hint = f"it accepts {', '.join(sorted(accepted))}."
     owner = "" if cls is None else f" of {cls.__name__}"
     raise InputError(f"Unknown key '{key}'{owner} (in {where}): {hint}")
-
-
-def find_path(argv: list[str], last: str, value: str) -> str:
-    """Full path of the key whose last part and value the parser complained about.
-
-    Args:
-        argv: Command line without the program.
-        last: Last part of the key.
-        value: Its value as text.
-
-    Returns:
-        The full path, or ``last`` if it is not unique.
-    """
-    try:
-        found = {
-            key
-            for key, given, _ in given_keys(argv)
-            if key.split(".")[-1] == last and str(given) == value
-        }
-    except InputError:
-        return last
-    return found.pop().replace(".init_args", "") if len(found) == 1 else last

@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from cm_lightning.callbacks import newest_intact
+from cm_lightning.documents import check_form, read_mapping
+from cm_lightning.evaluation import read_metrics
 from cm_lightning.types import InputError
 
 __all__ = ["RunPlan", "differences", "plan_run", "run_record"]
@@ -76,6 +78,8 @@ def plan_run(config: Any, text: str) -> RunPlan:
                 f"--run_dir {run_dir} holds a run of a different config ({'; '.join(changed[:3])}"
                 f"{'; ...' if len(changed) > 3 else ''}): choose another directory."
             )
+        if (run_dir / "metrics.csv").exists():
+            read_metrics(run_dir / "metrics.csv")  # rows are dropped from it and added to it
     checkpoint = newest_intact(run_dir) if resume == "auto" else None
     if resume not in ("auto", "never"):
         checkpoint = Path(resume)
@@ -142,13 +146,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         InputError: If it is not a YAML mapping.
     """
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as YAML.") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is not a config.")
-    return config
+    return read_mapping(path, "config")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -189,10 +187,6 @@ def run_record(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "run.json"
     if not path.exists():
         return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(record, dict) or not isinstance(record.get("starts"), list):
-        raise InputError(f"{path} is not the record of a run.")
+    record = read_mapping(path)
+    check_form(record, {"starts": [dict], "wandb_id?": str, "results?": dict}, str(path))
     return record

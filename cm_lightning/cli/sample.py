@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cm_lightning.cli.errors import CommandParser, readable_errors
+from cm_lightning.cli.errors import CommandParser, finite, readable_errors, whole
 from cm_lightning.evaluation import image_grid, save_npz, save_png, to_uint8
 from cm_lightning.sampling import (
     GuidedDenoiser,
@@ -39,26 +39,31 @@ def build_parser() -> argparse.ArgumentParser:
     add("source", help="run directory, .ckpt file of a run, or weights folder")
     add(
         "--sigmas",
-        type=float,
+        type=finite,
         nargs="+",
         help="decreasing noise levels, one network call each [80]",
     )
     add(
         "--phases",
-        type=float,
+        type=finite,
         nargs="+",
         help="deterministic phases: their number, or their edges from 0 upwards",
     )
-    add("--eta", type=float, default=1.0, help="edge skipping of --phases, in (0, 1] [1]")
-    add("--heun", type=int, metavar="STEPS", help="EDM's sampler instead, for diffusion models")
-    add("--n", type=int, default=64, help="number of images [64]")
-    add("--seed", type=int, default=0, help="seed of the noise [0]")
+    add("--eta", type=finite, default=1.0, help="edge skipping of --phases, in (0, 1] [1]")
+    add(
+        "--heun",
+        type=whole(10_000),
+        metavar="STEPS",
+        help="EDM's sampler instead, for diffusion models",
+    )
+    add("--n", type=whole(), default=64, help="number of images [64]")
+    add("--seed", type=whole(2**53), default=0, help="seed of the noise [0]")
     add("--out", required=True, help="folder for the images; existing files are never replaced")
-    add("--labels", type=int, nargs="+", help="classes, repeated as needed [0 1 2 ...]")
+    add("--labels", type=whole(), nargs="+", help="classes, repeated as needed [0 1 2 ...]")
     add("--ema", help="EMA profile of a run, or live [the run's first profile]")
     add(
         "--guidance",
-        type=float,
+        type=finite,
         nargs="+",
         metavar="W",
         help="guidance scales, 1 for none; several write a folder each. Two network calls a step",
@@ -67,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--worse", metavar="RUN", help="guide by another run; without either by missing labels")
     add("--grid", action="store_true", help="write one picture, grid.png")
     add("--npz", action="store_true", help="write samples.npz (arr_0: uint8, N x H x W x C)")
-    add("--batch", type=int, default=64, help="images per network call [64]")
+    add("--batch", type=whole(), default=64, help="images per network call [64]")
     add("--device", help="cpu, cuda, cuda:1, ... [cuda if there is one]")
     return parser
 

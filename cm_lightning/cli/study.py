@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -19,12 +20,26 @@ from scipy import stats
 
 from cm_lightning.callbacks.run_record import write_text
 from cm_lightning.cli.errors import CommandParser, fail, readable_errors
+from cm_lightning.cli.fit import GROUPS, SCALARS
+from cm_lightning.cli.keys import check_keys
 from cm_lightning.cli.study_file import Arm, Study, Tuning, read_study
+from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.types import InputError
 
 __all__ = ["execute", "interval", "main", "option_words", "summary", "table"]
 
 COMMAND = "cm-study"
+
+
+RECORD = {
+    "regime": str,
+    "parameters": int,
+    "total_kimg": float,
+    "starts": [{"seconds?": float}],
+    "data_fingerprint?": str,
+    "results?": {"kimg": float, "last": {...: float}, "measured_with?": dict},
+}
+"""Form of ``run.json``."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,7 @@ class Runner:
         """Run a program of the package; what it prints goes to a file beside the run."""
         folder = self.out / run.name
         log = folder.with_name(f"{folder.name}.log")
+        made = [path for path in (log, *log.parents) if not path.exists()]
         log.parent.mkdir(parents=True, exist_ok=True)
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
         environment = {"OMP_NUM_THREADS": threads} | os.environ if self.jobs > 1 else os.environ
@@ -109,8 +125,13 @@ class Runner:
             )
             stream.write(done.stderr)
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise InputError(f"The run {run.name} failed; see {log}. Its last words: {last}")
+            last = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
+            if not folder.exists() and log in made:  # it never began: nothing of it is left
+                log.unlink()
+                for path in made[1:]:
+                    with contextlib.suppress(OSError):  # another run is there
+                        path.rmdir()
+            raise InputError(f"The run {run.name} failed. {last.removeprefix('cm-fit: error: ')}")
 
 
 def option_words(options: dict[str, Any], out: Path) -> list[str]:
@@ -138,10 +159,12 @@ def finished(folder: Path) -> dict[str, float] | None:
     path = folder / "run.json"
     if not path.is_file():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if record.get("results", {}).get("kimg", -1) < record["total_kimg"]:
+    record = read_mapping(path)
+    check_form(record, RECORD, str(path))
+    results = record.get("results")
+    if not results or results["kimg"] < record["total_kimg"]:
         return None
-    last: dict[str, float] = record["results"]["last"]
+    last: dict[str, float] = results["last"]
     return last
 
 
@@ -180,6 +203,8 @@ def execute(study: Study, out: Path, only: Sequence[str] = (), jobs: int = 1) ->
     arms = {name: arm for name, arm in study.arms.items() if not only or name in only}
     tune = study.tune
     searched = [name for name, arm in arms.items() if tune and not arm.tuned_as]
+    for arm in (study.first | arms).values():  # a mistake in the last arm is found before the first
+        check_keys(["--config", str(arm.config), *option_words(arm.options, out)], GROUPS, SCALARS)
     for name, arm in arms.items():
         if tune is not None and arm.tuned_as and arm.tuned_as not in searched:
             raise InputError(f"arms.{name} is tuned as {arm.tuned_as}, which is not searched.")

@@ -6,11 +6,31 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.types import InputError
 
 __all__ = ["Arm", "Study", "Tuning", "read_study"]
+
+FORM = {
+    "config?": str,
+    "options?": dict,
+    "arms": {...: (dict, type(None))},
+    "seeds": [int],
+    "tune?": dict,
+    "compare?": [[str]],
+    "first?": {...: (dict, type(None))},
+    "lengths?": [str],
+}
+"""Form of a study."""
+ARM = {
+    "config?": str,
+    "options?": dict,
+    "tuned_as?": str,
+    "of?": str,
+    "share?": float,
+    "evaluate?": list,
+}
+"""Form of one of its arms."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +100,24 @@ def read_study(path: Path) -> Study:
     Raises:
         InputError: If a key is unknown or missing, or does not fit the others.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as YAML.") from error
+    content = read_mapping(path, "study")
     allowed = {"config", "options", "arms", "seeds", "tune", "compare", "first", "lengths"}
     _check_keys(content, allowed, {"arms", "seeds"}, str(path))
+    check_form(content, FORM, str(path))
     arms = _arms(content, "arms", content.get("options") or {}, path)
     first = _arms(content | {"arms": content.get("first") or {}}, "first", {}, path)
     tune = None
     if content.get("tune") is not None:
         names = {field.name for field in fields(Tuning)}
         _check_keys(content["tune"], names, names, f"{path}: tune")
+        tuning = {"key": str, "values": list, "seeds": [int], "metric": str}
+        check_form(content["tune"], tuning, f"{path}: tune")
+        if not content["tune"]["values"] or not content["tune"]["seeds"]:
+            raise InputError(f"{path}: tune needs one value and one seed at least.")
         tune = Tuning(**content["tune"])
-    pairs = [(str(a), str(b)) for a, b in content.get("compare") or []]
+    pairs = [tuple(pair) for pair in content.get("compare") or []]
+    if any(len(pair) != 2 for pair in pairs):
+        raise InputError(f"{path}: compare must list pairs of an arm and its baseline.")
     study = Study(arms, list(content["seeds"]), tune, pairs, first)
     _check(study, path)
     return study
@@ -105,6 +129,7 @@ def _arms(content: dict[str, Any], part: str, common: dict[str, Any], path: Path
     for name, given in content["arms"].items():
         given, where = given or {}, f"{path}: {part}.{name}"
         _check_keys(given, allowed, set(), where)
+        check_form(given, ARM, str(path), f"{part}.{name}")
         base = arms.get(str(given.get("of")))
         if base is None and given.get("of") is not None:
             raise InputError(f"{where} is of '{given['of']}', which is no arm before it.")

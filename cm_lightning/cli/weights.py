@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from cm_lightning.callbacks.run_record import write_text
-from cm_lightning.cli.errors import CommandParser, readable_errors
+from cm_lightning.cli.errors import CommandParser, finite, readable_errors, whole
+from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.ema import power_exponent
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.weights import (
@@ -43,7 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for action in (inspect, bring):
         action.add_argument(
-            "--resolution", type=int, help="side of the images, where an OpenAI file leaves it open"
+            "--resolution",
+            type=whole(16384),
+            help="side of the images, where an OpenAI file leaves it open",
         )
     bring.add_argument("--out", required=True, help="folder to make; must not exist")
     bring.add_argument(
@@ -66,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     phema.add_argument("source", help="run directory, or .ckpt in one")
     phema.add_argument(
-        "--std", type=float, nargs="+", required=True, help="relative widths, a folder each"
+        "--std", type=finite, nargs="+", required=True, help="relative widths, a folder each"
     )
     phema.add_argument("--out", required=True, help="folder for them; must not exist")
     return parser
@@ -143,6 +145,9 @@ def phema(options: argparse.Namespace) -> None:
         raise InputError(f"--out {out} exists already: choose another folder.")
     for std in options.std:
         power_exponent(std)
+    names = [f"std{std:.3f}" for std in options.std]
+    if len(set(names)) < len(names):
+        raise InputError(f"--std names a width twice: {', '.join(names)}.")
     for std in options.std:
         write(load_posthoc(options.source, std), Path(options.source), out / f"std{std:.3f}")
 
@@ -167,11 +172,11 @@ def write(loaded: Loaded, source: Path, out: Path, layout: str = "safetensors") 
 def distances(source: Path) -> dict[str, float]:
     """Frechet distances in a run's record, empty if there is none."""
     run = source.parent.parent if source.suffix == ".ckpt" else source
-    try:
-        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        return dict(record["results"]["last"])
-    except (OSError, ValueError, KeyError):
+    if not (run / "run.json").is_file():
         return {}
+    record = read_mapping(run / "run.json")
+    check_form(record, {"results?": {"last": {...: float}}}, str(run / "run.json"))
+    return dict((record.get("results") or {"last": {}})["last"])
 
 
 def licences(info: dict[str, Any]) -> list[str]:

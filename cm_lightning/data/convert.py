@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from cm_lightning.data.layouts import ImageFiles
 from cm_lightning.data.store import FORMAT, ImageStore, compute_fingerprint
+from cm_lightning.documents import check_form, one_line, read_mapping
 from cm_lightning.types import InputError
 from cm_lightning.version import __version__
 
@@ -191,7 +193,11 @@ def convert(
                 "or leave them out with --skip_corrupt; the rest is kept and not read again."
             )
         return job.finish(files, say)
+    except InputError:
+        job.undo()
+        raise
     except OSError as error:
+        job.undo()
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InputError(
                 f"The disk of {out} is full after {job.done:,} of {len(files):,} images: make "
@@ -254,11 +260,12 @@ class _Job:
             "transform": transform._asdict(),
         }
         self.done, self.broken = 0, dict[int, str]()
+        self.fresh = False
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "images.npy"
         progress = self.folder / "progress.json"
         if progress.is_file():
-            found = json.loads(progress.read_text(encoding="utf-8"))
+            found = self._begun(progress)
             if found["identity"] != self.identity:
                 raise InputError(
                     f"{self.folder} holds the beginning of another conversion: delete it, or "
@@ -267,6 +274,7 @@ class _Job:
             self.done = found["done"]
             self.broken = {int(row): text for row, text in found["broken"].items()}
             return
+        self.fresh = True
         with self.path.open("wb") as file:
             _write_header(file, (self.n, *shape))
 
@@ -274,6 +282,30 @@ class _Job:
     def row_bytes(self) -> int:
         """Size of an image."""
         return int(np.prod(self.shape))
+
+    def _begun(self, progress: Path) -> dict[str, Any]:
+        """The record of what was done before, which must be whole."""
+        try:
+            found = read_mapping(progress)
+            check_form(found, {"identity": dict, "done": int, "broken": {...: str}}, str(progress))
+            with self.path.open("rb") as file:
+                start = _header_length(file)
+            size = self.path.stat().st_size
+            rows = {-1, found["done"] - 1, *map(int, found["broken"])}
+            whole = size >= start + found["done"] * self.row_bytes
+            if not whole or min(rows) < -1 or max(rows) >= self.n:
+                raise ValueError("images.npy is shorter than it says")
+        except (InputError, OSError, ValueError) as error:
+            raise InputError(
+                f"{self.folder} holds a damaged beginning of a conversion ({one_line(error)}): "
+                "delete it, or choose another --out."
+            ) from error
+        return found
+
+    def undo(self) -> None:
+        """Leave nothing behind where nothing was achieved."""
+        if self.fresh and not self.done:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, rows: range, result: _Result) -> None:
         """Write a chunk, then the record of it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,13 +14,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cm_lightning.archives import check_members, read_npz
 from cm_lightning.data.readers import read_idx
+from cm_lightning.documents import complaint
 from cm_lightning.files import read_pickled_arrays
 from cm_lightning.types import InputError
 
 __all__ = ["KINDS", "ImageFiles", "open_images"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+"""What is read; other formats have readers that start programs."""
+LABELS = 1 << 20
+"""Labels are below this."""
 Image = npt.NDArray[np.uint8]
 
 
@@ -52,8 +59,15 @@ class ImageFiles(ABC):
 
 def _decode(data: bytes) -> Image:
     from PIL import Image as Pictures
+    from PIL import UnidentifiedImageError
 
-    with Pictures.open(io.BytesIO(data)) as picture:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Pictures.DecompressionBombWarning)
+        try:
+            picture = Pictures.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"no picture in any of {', '.join(FORMATS)}") from error
+    with picture:
         grey = picture.mode in ("L", "1", "I;16", "LA")
         array = np.asarray(picture.convert("L" if grey else "RGB"))
     return array[..., None] if array.ndim == 2 else array
@@ -68,8 +82,7 @@ class _Folder(ImageFiles):
         names = sorted(path.relative_to(root).as_posix() for path in found)
         self.names, self.labels = names, None
         if kind == "edm":
-            text = (root / "dataset.json").read_text(encoding="utf-8")
-            self.labels = _edm_labels(text, names, root)
+            self.labels = _edm_labels((root / "dataset.json").read_bytes(), names, root)
         elif kind == "imagefolder":
             flat = [name for name in names if "/" not in name]
             if flat:
@@ -94,13 +107,13 @@ class _Zip(ImageFiles):
         self.names = sorted(n for n in content if Path(n).suffix.lower() in PICTURES)
         self.labels = None
         if "dataset.json" in content:
-            text = self._open().read("dataset.json").decode()
-            self.labels = _edm_labels(text, self.names, path)
+            self.labels = _edm_labels(self._open().read("dataset.json"), self.names, path)
 
     def _open(self) -> zipfile.ZipFile:
         if self._file is None:
             try:
                 self._file = zipfile.ZipFile(self.path)
+                check_members(self._file, self.path)
             except zipfile.BadZipFile as error:
                 raise InputError(f"{self.path} is no whole zip file.") from error
         return self._file
@@ -113,14 +126,14 @@ class _Zip(ImageFiles):
         return _decode(self._open().read(self.names[number]))
 
 
-def _edm_labels(text: str, names: Sequence[str], where: Path) -> npt.NDArray[np.int64] | None:
+def _edm_labels(text: bytes, names: Sequence[str], where: Path) -> npt.NDArray[np.int64] | None:
     """Labels by name from ``dataset.json``: ``{"labels": [[name, class], ...]}`` or null."""
     try:
         pairs = json.loads(text)["labels"]
         if pairs is None:
             return None
-        labels = {str(name).replace("\\", "/"): int(label) for name, label in pairs}
-    except (ValueError, KeyError, TypeError) as error:
+        labels = {str(name).replace("\\", "/"): _label(label) for name, label in pairs}
+    except Exception as error:  # readers of damaged files raise whatever they stumble over
         raise InputError(
             f"dataset.json of {where} does not list pairs of name and class."
         ) from error
@@ -128,6 +141,12 @@ def _edm_labels(text: str, names: Sequence[str], where: Path) -> npt.NDArray[np.
         if name not in labels:
             raise InputError(f"dataset.json of {where} has no label for {name}.")
     return np.array([labels[name] for name in names], np.int64)
+
+
+def _label(value: Any) -> int:
+    if not isinstance(value, int) or abs(value) >= LABELS:
+        raise ValueError(f"a label is {value}")
+    return value
 
 
 class _Arrays(ImageFiles):
@@ -140,6 +159,10 @@ class _Arrays(ImageFiles):
         labels: npt.NDArray[np.int64] | None,
         note: str | None = None,
     ) -> None:
+        if images.ndim != 4 or not images.size or images.shape[3] not in (1, 3):
+            raise InputError(
+                f"Images must be of shape (N, H, W, 1 or 3), none of them 0, got {images.shape}."
+            )
         if labels is not None and labels.shape != (len(images),):
             raise InputError(f"There are {len(images)} images and labels of shape {labels.shape}.")
         self.kind, self.images, self.labels, self.note = kind, images, labels, note
@@ -158,7 +181,8 @@ def _cifar(root: Path) -> ImageFiles:
         try:
             content = read_pickled_arrays(path)
             pixels = np.asarray(content["data"])
-            labels += list(content["labels" if "labels" in content else "fine_labels"])
+            named = content["labels" if "labels" in content else "fine_labels"]
+            labels += [_label(int(label)) for label in named]
         except FileNotFoundError:
             raise
         except Exception as error:  # readers of damaged files raise whatever they stumble over
@@ -169,28 +193,28 @@ def _cifar(root: Path) -> ImageFiles:
     return _Arrays("cifar", np.concatenate(images), np.asarray(labels, np.int64))
 
 
-def _npz(path: Path) -> dict[str, npt.NDArray[Any]]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no .npz of plain arrays.") from error
+def _whole(labels: npt.NDArray[Any], path: Path) -> npt.NDArray[np.int64]:
+    if labels.dtype.kind not in "iu":
+        raise InputError(f"The labels of {path} must be whole numbers, got {labels.dtype}.")
+    return labels.astype(np.int64)
 
 
 def _adm(path: Path) -> ImageFiles:
-    arrays = _npz(path)
+    arrays = read_npz(path)
     images, labels = arrays["arr_0"], arrays.get("arr_1")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise InputError(
             f"arr_0 of {path} must be uint8 (N, H, W, 1 or 3), got {images.dtype} {images.shape}."
         )
-    return _Arrays("adm", images, None if labels is None else labels.astype(np.int64))
+    return _Arrays("adm", images, None if labels is None else _whole(labels, path))
 
 
 def _downsampled(paths: Sequence[Path]) -> ImageFiles:
     images, labels = [], []
+    if not paths:
+        raise FileNotFoundError("there is no .npz")
     for path in paths:
-        arrays = _npz(path)
+        arrays = read_npz(path)
         pixels = arrays["data"]
         side = round((pixels.shape[1] / 3) ** 0.5) if pixels.ndim == 2 else 0
         if pixels.dtype != np.uint8 or pixels.ndim != 2 or 3 * side * side != pixels.shape[1]:
@@ -198,7 +222,7 @@ def _downsampled(paths: Sequence[Path]) -> ImageFiles:
                 f"`data` of {path} is {pixels.dtype} {pixels.shape}, not square images."
             )
         images.append(pixels.reshape(-1, 3, side, side).transpose(0, 2, 3, 1))
-        labels.append(arrays["labels"].astype(np.int64) - 1)
+        labels.append(_whole(arrays["labels"], path) - 1)
     note = (
         "Chrabaszcz et al. squash whole images to a square: another distribution than the centre "
         "crops that EDM, ECT and SCT use. Frechet distances of the two cannot be compared."
@@ -217,7 +241,9 @@ def _idx(root: Path) -> ImageFiles:
     labels = found.get("labels-idx1-ubyte")
     if images.dtype != np.uint8:
         raise InputError(f"The IDX files of {root} hold {images.dtype}, not grey levels.")
-    return _Arrays("idx", images[..., None], None if labels is None else labels.astype(np.int64))
+    if images.ndim == 3:
+        images = images[..., None]
+    return _Arrays("idx", images, None if labels is None else _whole(labels, root))
 
 
 KINDS = {
@@ -249,10 +275,19 @@ def open_images(source: str | Path, kind: str | None = None) -> ImageFiles:
         found = _open(path, kind)
     except (KeyError, FileNotFoundError) as error:
         raise InputError(f"{path} is not laid out as {kind}: {KINDS[kind]} ({error}).") from error
+    except InputError:
+        raise
+    except Exception as error:  # readers of damaged files raise whatever they stumble over
+        raise InputError(
+            f"{path} cannot be read as {kind}, {KINDS[kind]}: {complaint(error)}."
+        ) from error
     if not len(found):
         raise InputError(f"{path} holds no images ({KINDS[kind]}).")
-    if found.labels is not None and found.labels.min() < 0:
-        raise InputError(f"{path} has labels below 0.")
+    if found.labels is not None and not 0 <= found.labels.min() <= found.labels.max() < LABELS:
+        raise InputError(
+            f"{path} has labels from {found.labels.min()} to {found.labels.max()}; they must lie "
+            f"in 0 to {LABELS - 1}."
+        )
     return found
 
 
@@ -275,7 +310,7 @@ def _guess(path: Path) -> str:
         if path.suffix == ".zip":
             return "edm"
         if path.suffix == ".npz":
-            return "adm" if "arr_0" in _npz(path) else "downsampled"
+            return "adm" if "arr_0" in read_npz(path) else "downsampled"
         raise InputError(f"{path} is neither a folder nor a .zip or .npz file.")
     names = {item.name for item in path.iterdir()}
     if "dataset.json" in names:

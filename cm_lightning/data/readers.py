@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import struct
-import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from cm_lightning.archives import read_gzip
 from cm_lightning.data.store import ImageStore, Resize, store_path
 from cm_lightning.types import InputError
 
@@ -199,10 +198,7 @@ def read_idx(path: Path) -> npt.NDArray[Any]:
     Raises:
         InputError: If the file is not whole.
     """
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
+    data = read_gzip(path, 4 + 4 * 255)
     kinds: dict[int, np.dtype[Any]] = {
         0x08: np.dtype("u1"),
         0x0D: np.dtype(">f4"),
@@ -214,12 +210,16 @@ def read_idx(path: Path) -> npt.NDArray[Any]:
     start = 4 + 4 * dims
     if dims == 0 or len(data) < start:
         raise InputError(f"{path} is truncated within its header.")
+    if dims > 4:
+        raise InputError(f"{path} has {dims} dimensions; images have 3 or 4, labels 1.")
     shape = struct.unpack(f">{dims}I", data[4:start])
     expected = start + kind.itemsize * int(np.prod(shape, dtype=object))
+    data = read_gzip(path, expected + 1)
     if len(data) != expected:
         state = "truncated" if len(data) < expected else "too long"
+        found = "more" if len(data) > expected else f"{len(data)}"
         raise InputError(
-            f"{path} is {state}: its header promises {expected} bytes, it has {len(data)}."
+            f"{path} is {state}: its header promises {expected} bytes, it has {found}."
         )
     array: npt.NDArray[Any] = np.frombuffer(data, kind, offset=start).reshape(shape)
     return array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -183,9 +184,10 @@ def nearest_distances(
     name = f"nearest{'-label' if conditional else ''}{'-flip' if flip else ''}.npy"
     path = store.path / name
     if path.is_file():
-        found = np.load(path, allow_pickle=False)
-        if found.shape == (len(store),):
-            return torch.from_numpy(found)
+        with contextlib.suppress(Exception):  # a damaged file is made anew
+            found = np.load(path, allow_pickle=False)
+            if found.shape == (len(store),) and found.dtype == np.float32:
+                return torch.from_numpy(found)
     result = torch.full((len(store),), torch.inf)
     groups = [np.arange(len(store))]
     if conditional:

@@ -8,7 +8,6 @@ import os
 import shutil
 import uuid
 import weakref
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +18,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.types import InputError
 from cm_lightning.version import __version__
 
 __all__ = ["ImageStore", "Resize", "default_cache", "store_path", "to_float", "write_store"]
 
 FORMAT = 1
+_FORM = {
+    "format": int,
+    "shape": [int],
+    "num_classes": int,
+    "fingerprint": str,
+    "transform?": dict,
+    "source?": dict,
+    "left_out?": list,
+}
 _LARGE = 1 << 28
 """Bytes from which a store is asked for rows ahead; smaller ones stay in memory anyway."""
 CHUNK = 1 << 24
@@ -122,12 +131,18 @@ class ImageStore:
         self._images: npt.NDArray[np.uint8] | None = None
         self._file: int | None = None
         images = self.images
-        if list(images.shape) != self.info["shape"] or images.dtype != np.uint8:
+        if (
+            list(images.shape) != self.info["shape"]
+            or images.dtype != np.uint8
+            or not images.size
+            or images.shape[1] not in (1, 3)
+        ):
             raise InputError(f"{self.path / 'images.npy'} is not what store.json describes.")
         self.labels: npt.NDArray[np.int64] | None = None
         if self.info["num_classes"]:
             self.labels = np.asarray(_load(self.path / "labels.npy"))
-            if self.labels.shape != (len(images),) or self.labels.dtype != np.int64:
+            fit = self.labels.shape == (len(images),) and self.labels.dtype == np.int64
+            if not fit or not 0 <= self.labels.min() <= self.labels.max() < self.num_classes:
                 raise InputError(f"{self.path / 'labels.npy'} is not what store.json describes.")
 
     @property
@@ -287,21 +302,23 @@ def _flush(file: BinaryIO) -> None:
 
 def _read_info(path: Path) -> dict[str, Any]:
     try:
-        info = json.loads((path / "store.json").read_text(encoding="utf-8"))
-        complete = {"format", "shape", "num_classes", "fingerprint"} <= info.keys()
-    except (OSError, ValueError, AttributeError) as error:
+        info = read_mapping(path / "store.json")
+    except InputError as error:
         raise InputError(
             f"{path} is not an image store, store.json cannot be read: delete it to rebuild."
         ) from error
-    if not complete or info["format"] != FORMAT:
+    check_form(info, _FORM, str(path / "store.json"))
+    if info["format"] != FORMAT or len(info["shape"]) != 4:
         raise InputError(f"{path / 'store.json'} is of another version or incomplete.")
-    return dict(info)
+    return info
 
 
 def _load(path: Path, mmap: bool = False) -> npt.NDArray[Any]:
     try:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)  # an archive would be opened as well
         return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)  # type: ignore[no-any-return]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # readers of damaged files raise whatever they stumble over
         raise InputError(
             f"{path} is missing or damaged: delete {path.parent} to rebuild."
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ PANELS = {
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of a ``metrics.csv``, empty cells left out.
+    """Rows of a ``metrics.csv``, empty cells left out, without what is left of a torn last row.
 
     Args:
         path: The file.
@@ -44,14 +45,18 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return [
+            text = file.read()
+        rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
+        found = [
             {key: float(value) for key, value in row.items() if value not in ("", None)}
             for row in rows
         ]
+        if any("kimg" not in row or None in row for row in found):
+            raise ValueError("a row has no kimg, or more cells than the first line")
+        return found
     except FileNotFoundError as error:
         raise InputError(f"There is no {path}.") from error
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+    except (OSError, TypeError, ValueError, csv.Error) as error:
         raise InputError(f"{path} is not a metrics.csv of a run.") from error
 
 

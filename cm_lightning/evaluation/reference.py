@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, distributed
 
+from cm_lightning.archives import read_npz
 from cm_lightning.evaluation.features import FeatureExtractor
 from cm_lightning.evaluation.images import replacing
 from cm_lightning.files import read_pickled_arrays
@@ -216,9 +216,8 @@ def _write_cache(path: Path, fingerprint: str, features: str, result: Statistics
 def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]] | None:
     """All arrays of an ``.npz``, or ``None`` if it is damaged or not made of plain arrays."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile):
+        return read_npz(path)
+    except InputError:
         return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.files import read_weights
 from cm_lightning.types import InputError
 
@@ -62,6 +63,19 @@ _DEFAULTS = {
 """UNet2DModel's own values for those that a file may leave out and that differ."""
 
 
+_FORM = {
+    "block_out_channels": [int],
+    "sample_size": int,
+    "down_block_types": [str],
+    "up_block_types": [str],
+    "in_channels": int,
+    "out_channels": int,
+    "num_class_embeds?": int,
+    "layers_per_block": int,
+    "dropout?": float,
+}
+
+
 def is_diffusers(path: Path) -> bool:
     """Whether a folder holds a diffusers pipeline or U-Net."""
     return (path / "model_index.json").is_file() or (
@@ -72,12 +86,9 @@ def is_diffusers(path: Path) -> bool:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is missing or not JSON.") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} does not describe a model.")
-    return found
+        return read_mapping(path)
+    except InputError as error:
+        raise InputError(f"{path} does not describe a model: {error}") from error
 
 
 def read_diffusers(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -108,11 +119,13 @@ def read_diffusers(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
                 f"{path / 'config.json'} has {key} {config[key]}; ADMUNet computes what "
                 f"UNet2DModel does with {value}."
             )
+    check_form(config, _FORM, str(path / "config.json"))
+    check_form(scheduler, {"sigma_data?": float, "sigma_min?": float}, str(path))
     try:
         arguments = _arguments(config)
         state = _state(path)
         weights = dict(_ours(state, arguments))
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError, ArithmeticError, IndexError) as error:
         raise InputError(f"{path} holds a U-Net of another form than ADMUNet ({error}).") from error
     left = state.keys() - {theirs for _, theirs, _ in _names(arguments)}
     if left:

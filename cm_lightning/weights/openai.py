@@ -71,7 +71,7 @@ def read_openai(
     try:
         arguments = _arguments(state, path, resolution)
         weights = {f"model.{name}": value for name, value in _rename(state, arguments)}
-    except (KeyError, IndexError, RuntimeError) as error:
+    except (KeyError, IndexError, RuntimeError, ValueError, ArithmeticError) as error:
         raise InputError(
             f"{path} holds a U-Net of another form than the published ones ({error})."
         ) from error

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cm_lightning.files import is_intact
+from cm_lightning.documents import build, check_form, read_mapping
+from cm_lightning.files import is_intact, read_weights
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.version import __version__
 
@@ -32,6 +33,29 @@ __all__ = [
 ]
 
 _FORMAT = 1
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
+_INFO = {
+    "regime?": str,
+    "ema?": str,
+    "kimg?": float,
+    "data_fingerprint?": str,
+    "licence?": str,
+    "origins?": {...: {"path?": str, "sha256?": str, "licence?": str, "origins?": dict}},
+}
+"""What is known of weights, in config.json and run.json."""
+_CHECKPOINT = {
+    "state_dict": {...: Tensor},
+    "callbacks": {"EMACallback?": {"averages": {...: {...: Tensor}}}},
+    "cm_lightning": {
+        "nimg": int,
+        "seed": int,
+        "regime": str,
+        "data?": str,
+        "borrowed": {...: str},
+        "nonfinite_steps": int,
+        "streak": int,
+    },
+}
 
 
 class Loaded(NamedTuple):
@@ -115,19 +139,13 @@ def build_denoiser(config: Mapping[str, Any], where: str) -> Denoiser:
     Raises:
         InputError: If it names a class outside this package or does not fit one.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
-
     import cm_lightning.networks  # noqa: F401  (short class names resolve to imported classes)
 
     check_class_paths(config, where)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Denoiser, "denoiser", required=True)
-    try:
-        parsed = parser.parse_object({"denoiser": dict(config)})
-    except ArgumentError as error:
-        raise InputError(f"{where} does not describe a network of this version: {error}") from error
-    denoiser = parser.instantiate_classes(parsed)["denoiser"]
-    assert isinstance(denoiser, Denoiser)
+    what = f"The network that {where} describes"
+    form = {"class_path": str, "init_args?": dict}
+    check_form(config, form, where, "denoiser")
+    denoiser: Denoiser = build({"denoiser": Denoiser}, {"denoiser": dict(config)}, what)["denoiser"]
     return denoiser
 
 
@@ -235,30 +253,23 @@ def from_pretrained(path: str | Path, ema: str | None = None) -> Denoiser:
 
 
 def _load_folder(folder: Path, ema: str | None) -> Loaded:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        description = config.pop("denoiser")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} is missing or does not describe a network.") from error
+        config = read_mapping(path)
+        check_form(config, {"denoiser": dict, **_INFO}, str(path))
+    except InputError as error:
+        raise InputError(f"{path} is missing or does not describe a network: {error}") from error
+    description = config.pop("denoiser")
     if ema is not None and ema != config.get("ema"):
         raise InputError(f"{folder} holds the weights '{config.get('ema')}', not '{ema}'.")
     denoiser = build_denoiser(description, str(path))
-    try:
-        tensors = load_file(folder / "model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
-    _fill(denoiser, tensors, str(folder))
+    _fill(denoiser, read_weights(folder / "model.safetensors"), str(folder))
     return Loaded(denoiser.eval(), config, description)
 
 
 def _load_checkpoint(path: Path, config_path: Path, ema: str | None) -> Loaded:
-    import yaml
-
-    config = yaml.safe_load(config_path.read_text(encoding="utf-8"))
+    config = read_mapping(config_path, "config")
+    check_form(config, {"model": {"init_args": {"denoiser": dict}}}, str(config_path))
     description = config["model"]["init_args"]["denoiser"]
     denoiser = build_denoiser(description, str(config_path))
     checkpoint = read_checkpoint(path)
@@ -268,7 +279,7 @@ def _load_checkpoint(path: Path, config_path: Path, ema: str | None) -> Loaded:
         for name, value in checkpoint["state_dict"].items()
         if name.startswith(prefix)
     }
-    averages = checkpoint["callbacks"].get("EMACallback", {}).get("averages", {})
+    averages = averages_of(checkpoint)
     name = ema or next(iter(averages), "live")
     if name != "live":
         if name not in averages:
@@ -288,11 +299,12 @@ def _load_checkpoint(path: Path, config_path: Path, ema: str | None) -> Loaded:
 
 def _origins(run: Path) -> dict[str, Any]:
     """Weights that a run was made from, as its record tells."""
-    try:
-        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    path = run / "run.json"
+    if not path.is_file():
         return {}
-    return dict(record.get("origins", {}))
+    record = read_mapping(path)
+    check_form(record, _INFO, str(path))
+    return dict(record.get("origins") or {})
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -316,7 +328,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or "cm_lightning" not in checkpoint:
         raise InputError(f"{path} was not written by cm_lightning.")
+    check_form(checkpoint, _CHECKPOINT, str(path))
+    if checkpoint["cm_lightning"]["nimg"] < 0:
+        raise InputError(f"{path} has seen {checkpoint['cm_lightning']['nimg']} images.")
     return checkpoint
+
+
+def averages_of(checkpoint: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The averaged weights in a checkpoint, by profile."""
+    found: dict[str, dict[str, Tensor]] = (
+        checkpoint["callbacks"].get("EMACallback", {}).get("averages", {})
+    )
+    return found
 
 
 def check_weights(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], where: str) -> None:
@@ -335,6 +358,10 @@ def check_weights(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], where
             raise InputError(
                 f"{where} is of another network: it lacks '{name}', which the config's has."
             )
+        if loaded[name].layout is not torch.strided or loaded[name].dtype not in _DTYPES:
+            raise InputError(f"{where}: '{name}' is no plain tensor.")
+        if not loaded[name].isfinite().all():
+            raise InputError(f"{where} is damaged: '{name}' holds NaN or infinite values.")
         if own[name].shape != loaded[name].shape:
             raise InputError(
                 f"{where} is of another network: '{name}' has shape {tuple(loaded[name].shape)} "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -11,9 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.ema import posthoc_coefficients, power_exponent
 from cm_lightning.types import InputError
-from cm_lightning.weights.portable import Loaded, load_weights, newest_of, read_checkpoint
+from cm_lightning.weights.portable import (
+    Loaded,
+    averages_of,
+    load_weights,
+    newest_of,
+    read_checkpoint,
+)
 
 __all__ = ["load_posthoc"]
 
@@ -42,9 +48,11 @@ def load_posthoc(source: str | Path, std: float) -> Loaded:
     path = newest_of(Path(source))
     loaded = load_weights(path, "live")
     checkpoint = read_checkpoint(path)
-    kept = checkpoint["callbacks"].get("EMACallback", {}).get("averages", {})
+    kept = averages_of(checkpoint)
     nimg = checkpoint["cm_lightning"]["nimg"]
     record = _record(path.parent.parent)
+    if nimg == 0:
+        raise InputError(f"{path} has seen no images yet: there is nothing to average.")
     snapshots: list[tuple[float, float]] = []
     averages: list[dict[str, Tensor]] = []
     for name, average in kept.items():
@@ -62,6 +70,8 @@ def load_posthoc(source: str | Path, std: float) -> Loaded:
             f"{path} keeps {len(averages)} averages with a PowerEMA profile and at least two are "
             "needed: train with two widths in ema.profiles, and with ema.snapshots."
         )
+    if len(set(snapshots)) < len(snapshots):
+        raise InputError(f"{path} keeps two averages of the same width and time.")
     coefficients = posthoc_coefficients(snapshots, (1.0, gamma)).tolist()
     weights: dict[str, Any] = dict(loaded.denoiser.state_dict())
     for name in averages[0]:
@@ -74,7 +84,6 @@ def load_posthoc(source: str | Path, std: float) -> Loaded:
 
 
 def _record(run: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((run / "run.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{run / 'run.json'} cannot be read.") from error
+    record = read_mapping(run / "run.json")
+    check_form(record, {"global_batch": int, "total_kimg": float}, str(run / "run.json"))
+    return record

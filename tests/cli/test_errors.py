@@ -23,7 +23,10 @@ MISTAKES = {
     "abbreviation": (["--model.learning_rate.ramp", 3], "'model.learning_rate.ramp_kimg'"),
     "unknown trainer key": (["--trainer.max_step", 3], "'trainer.max_steps'"),
     "unknown group": (["--modle.total_kimg", 3], "did you mean 'model'"),
-    "wrong type": (["--model.discretization.q", "two"], "model.discretization.q must be of type"),
+    "wrong type": (
+        ["--model.discretization.q", "two"],
+        "model.discretization.q must be a number, got 'two'",
+    ),
     "unknown class": (["--model.distance", "L3"], "there is no class 'L3'"),
     "range": (["--model.discretization.q", 0.5], "q must be greater than 1, got 0.5"),
     "negative length": (["--model.total_kimg", -1], "total_kimg must be positive"),

@@ -223,7 +223,7 @@ def test_two_processes_equal_one(run, tmp_path):
         (["--guidance", "2"], "label_dropout"),
         (["--scores", "fid"], "'fid' is unknown"),
         (["--scores", "kid"], "subsets of 1000"),
-        (["--config", "none.yaml"], "cannot be read as YAML"),
+        (["--config", "none.yaml"], "no config none.yaml"),
     ],
 )
 def test_mistakes(run, program, words, message):

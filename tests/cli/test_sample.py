@@ -154,7 +154,7 @@ MISTAKES = {
     "both": ({}, ["--sigmas", "80", "--heun", "4"], "exclude"),
     "device": ({}, ["--device", "cuda:77"], "cuda:77"),
     "option": ({}, ["--sigma", "80"], "unrecognized arguments: --sigma"),
-    "type": ({}, ["--n", "many"], "invalid int value"),
+    "type": ({}, ["--n", "many"], "a whole number up to"),
 }
 
 

@@ -25,6 +25,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def foreign(monkeypatch):
+    return install_foreign(monkeypatch)
+
+
+def install_foreign(monkeypatch):
     """The modules whose names such files hold, as far as writing one needs them."""
     persistence = types.ModuleType("torch_utils.persistence")
     util = types.ModuleType("dnnlib.util")
