@@ -6,7 +6,8 @@ import csv
 import io
 import netrc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-__all__ = ["KimgWandbLogger", "MetricsCSV", "WandbOptions", "say", "wandb_logger"]
+__all__ = ["KimgWandbLogger", "MetricsCSV", "WandbOptions", "say", "tolerated", "wandb_logger"]
 
 
 class MetricsCSV(Logger):
@@ -33,7 +34,8 @@ class MetricsCSV(Logger):
     def __init__(self, run_dir: Path) -> None:
         super().__init__()
         self.path = Path(run_dir) / "metrics.csv"
-        self._columns: list[str] | None = None
+        self._columns: list[str] = []
+        self._waiting: list[dict[str, str]] = []
 
     @property
     def name(self) -> str:
@@ -51,45 +53,73 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a row; new columns are added at the right."""
+        """Append a row; new columns are added at the right.
+
+        A row that cannot be written, on a full disk, waits for the next one.
+        """
         row = {"kimg": f"{metrics['kimg']:g}", "step": str(step)}
         row |= {key: f"{value:.8g}" for key, value in metrics.items() if key != "kimg"}
-        if self._columns is None:
-            self._columns = self._read()[0]
-        new = [key for key in row if key not in self._columns]
-        if new:
-            rows = self._read()[1]
-            self._columns += new
-            self._write([*rows, row])
-            return
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, self._columns, restval="").writerow(row)
+        self._waiting.append(row)
+        with tolerated(str(self.path)):
+            self._columns = self._columns or self._read()[0]
+            new = [key for row in self._waiting for key in row if key not in self._columns]
+            if new:
+                rows = self._read()[1]
+                self._columns += dict.fromkeys(new)
+                self._write([*rows, *self._waiting])
+            else:
+                self._append(self._waiting)
+            self._waiting = []
 
     @rank_zero_only
     def resume_at(self, nimg: int) -> None:
-        """Drop the rows logged after ``nimg`` images."""
+        """Drop the rows logged after ``nimg`` images, and what is left of a torn last one."""
         self._columns, rows = self._read()
-        kept = [row for row in rows if float(row["kimg"]) <= nimg / 1000]
-        if len(kept) < len(rows):
-            self._write(kept)
+        self._waiting = []
+        if self.path.exists():
+            self._write([row for row in rows if float(row["kimg"]) <= nimg / 1000])
+
+    def last_step(self) -> int:
+        """Number of the last optimizer step that was logged, -1 if there is none."""
+        return max((int(row["step"]) for row in self._read()[1]), default=-1)
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
+        """Columns, and the rows that were written whole."""
         if not self.path.exists():
             return [], []
         with self.path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-            return list(reader.fieldnames or []), rows
+            text = file.read()
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+        rows = list(reader)
+        return list(reader.fieldnames or []), rows
+
+    def _text(self, rows: list[dict[str, str]], header: bool) -> str:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, restval="")
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def _append(self, rows: list[dict[str, str]]) -> None:
+        """Append rows, whole or not at all."""
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                file.write(self._text(rows, header=False))
+        except OSError:
+            os.truncate(self.path, size)
+            raise
 
     def _write(self, rows: list[dict[str, str]]) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self._columns or [], restval="")
-        writer.writeheader()
-        writer.writerows(rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(".metrics.csv.partial")
-        partial.write_text(text.getvalue(), encoding="utf-8", newline="")
-        os.replace(partial, self.path)
+        try:
+            partial.write_text(self._text(rows, header=True), encoding="utf-8", newline="")
+            os.replace(partial, self.path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 @dataclass(frozen=True)
@@ -127,6 +157,15 @@ def has_wandb_key() -> bool:
 def say(message: str) -> None:
     """Print one line, on rank 0 alone."""
     print(message, flush=True)
+
+
+@contextmanager
+def tolerated(what: str) -> Iterator[None]:
+    """Turn a failure to write something that training does not need into a line of output."""
+    try:
+        yield
+    except OSError as error:
+        say(f"{what} could not be written ({error.strerror or error}); training goes on.")
 
 
 class KimgWandbLogger(WandbLogger):

@@ -82,7 +82,10 @@ class GradientGuard:
         infinity: Replacement of +-inf; NaN becomes 0. EDM and ECT on CIFAR-10: 1e5; EDM2 and ECT
             on ImageNet-64: 0.
         clip_norm: Largest gradient norm, or ``None`` for no clipping (all published recipes).
-        stop_after: Stop the run after this many steps in a row with a non-finite gradient.
+        stop_after: Stop the run after this many steps in a row with a non-finite gradient; it is
+            looked at every 20 steps.
+        returns: How often to go back to the last checkpoint instead of stopping. The images seen
+            since, and their noise, are skipped.
 
     Raises:
         InputError: If an argument is outside its range.
@@ -91,6 +94,7 @@ class GradientGuard:
     infinity: float = 1e5
     clip_norm: float | None = None
     stop_after: int = 100
+    returns: int = 0
 
     def __post_init__(self) -> None:
         if self.infinity < 0:
@@ -101,6 +105,8 @@ class GradientGuard:
             )
         if self.stop_after < 1:
             raise InputError(f"GradientGuard: stop_after must be 1 or more, got {self.stop_after}.")
+        if self.returns < 0:
+            raise InputError(f"GradientGuard: returns must be 0 or more, got {self.returns}.")
 
     @torch.no_grad()
     def __call__(

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cm_lightning"
 LAYERS = [
     ["types", "version"],
-    ["files", "sigmas", "ema"],
+    ["dropout", "ema", "files", "sigmas"],
     ["objective", "networks", "sampling", "optim"],
     ["weights", "evaluation", "data", "loggers"],
     ["callbacks"],

@@ -1,9 +1,10 @@
 """Lightning callbacks: averages, evaluation, pictures, logs and checkpoints."""
 
-from cm_lightning.callbacks.checkpoints import CheckpointCallback, checkpoints_of
+from cm_lightning.callbacks.checkpoints import CheckpointCallback, checkpoints_of, newest_intact
 from cm_lightning.callbacks.diagnostics import DiagnosticsCallback
 from cm_lightning.callbacks.ema import EMACallback, find_ema
 from cm_lightning.callbacks.fid import FIDCallback
+from cm_lightning.callbacks.guard import GuardCallback
 from cm_lightning.callbacks.progress import KimgProgress
 from cm_lightning.callbacks.run_record import RunRecordCallback
 from cm_lightning.callbacks.samples import SamplesCallback
@@ -16,6 +17,7 @@ __all__ = [
     "DiagnosticsCallback",
     "EMACallback",
     "FIDCallback",
+    "GuardCallback",
     "KimgProgress",
     "RunRecordCallback",
     "SamplesCallback",
@@ -24,4 +26,5 @@ __all__ = [
     "WeightNormalizationCallback",
     "checkpoints_of",
     "find_ema",
+    "newest_intact",
 ]

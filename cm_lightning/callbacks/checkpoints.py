@@ -17,10 +17,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from cm_lightning.callbacks.ema import find_ema
 from cm_lightning.callbacks.fid import FIDCallback
 from cm_lightning.callbacks.step import StepCallback, check_interval, due
+from cm_lightning.files import is_intact
 from cm_lightning.loggers import say
 from cm_lightning.types import InputError, TrainingStopped
 
-__all__ = ["INTERRUPTED", "CheckpointCallback", "checkpoints_of"]
+__all__ = ["INTERRUPTED", "CheckpointCallback", "checkpoints_of", "newest_intact"]
 
 INTERRUPTED = 75
 """Exit code after SIGINT, SIGTERM or SIGUSR1, once the checkpoint is written (EX_TEMPFAIL)."""
@@ -33,6 +34,29 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
     """The checkpoints of a run directory, that with the most images first."""
     found = (run_dir / "checkpoints").glob("nimg*.ckpt")
     return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def newest_intact(run_dir: Path) -> Path | None:
+    """The checkpoint with the most images that is whole, ``None`` if there are none at all.
+
+    Raises:
+        InputError: If there are some and all are damaged.
+    """
+    found = checkpoints_of(run_dir)
+    for number, path in enumerate(found):
+        if is_intact(path):
+            if number:
+                say(
+                    f"{', '.join(str(p) for p in found[:number])} cannot be read, it is damaged: "
+                    f"continuing from {path}, the one before."
+                )
+            return path
+    if found:
+        raise InputError(
+            f"Every checkpoint of {run_dir} is damaged ({', '.join(p.name for p in found)}): "
+            "choose another --run_dir to start anew; nothing was changed here."
+        )
+    return None
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -67,11 +91,14 @@ class CheckpointCallback(StepCallback, Checkpoint):
     """Write ``<run>/checkpoints/nimg<images>.ckpt``; the file appears whole or not at all.
 
     It runs after every other callback (Lightning puts checkpoint callbacks last), so averages and
-    target networks are already updated.
+    target networks are already updated. After a step with non-finite gradients nothing is written
+    but at the end of the run: a checkpoint that was due follows the next finite step.
 
     Args:
         every_kimg: Interval in thousands of images; one is always written at the end.
         keep: Number of newest checkpoints kept, >= 1.
+        keep_every_kimg: Distance in thousands of images at which checkpoints are kept for good,
+            ``None`` for none.
         max_failures: How many checkpoints in a row may fail to be written, on a full disk for
             example; training goes on until then, and stops with the last good one named. The one at
             the end of a run must not fail.
@@ -88,8 +115,13 @@ class CheckpointCallback(StepCallback, Checkpoint):
         keep: int = 2,
         best: str | None = None,
         max_failures: int = 3,
+        keep_every_kimg: float | None = None,
     ) -> None:
         check_interval("checkpoints", every_kimg)
+        if keep_every_kimg is not None and not keep_every_kimg > 0:
+            raise InputError(
+                f"checkpoints.keep_every_kimg must be positive or null, got {keep_every_kimg}."
+            )
         if keep < 1:
             raise InputError(f"checkpoints.keep must be 1 or more, got {keep}.")
         self.every_kimg = every_kimg
@@ -98,8 +130,11 @@ class CheckpointCallback(StepCallback, Checkpoint):
         self.keep = keep
         self.best = best
         self.max_failures = max_failures
+        self.keep_every_kimg = keep_every_kimg
+        self._owed = False
         self._io = AtomicCheckpointIO()
         self._failures = 0
+        self._saved = -1
         self._signal: str | None = None
         self._handlers: dict[int, Any] = {}
 
@@ -122,7 +157,8 @@ class CheckpointCallback(StepCallback, Checkpoint):
 
     def on_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Listen to signals: interactive ones, and those of a cluster that wants its machine."""
-        if threading.current_thread() is threading.main_thread():
+        self._owed, self._saved = False, -1
+        if threading.current_thread() is threading.main_thread() and not self._handlers:
             for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
                 if hasattr(signal, name):
                     number = getattr(signal, name)
@@ -149,8 +185,8 @@ class CheckpointCallback(StepCallback, Checkpoint):
     def on_step(self, trainer: L.Trainer, pl_module: Any, before: int, after: int) -> None:
         """Save when it is due; after a signal, save and stop."""
         interval = self.every_kimg if self.every_kimg is not None else float("inf")
-        saved = due(before, after, interval, pl_module.total_nimg)
-        if saved:
+        self._owed |= due(before, after, interval, pl_module.total_nimg)
+        if self._owed:
             self.save(trainer, pl_module)
         fid = None if self.best is None else self._fid(trainer)
         if fid is not None and fid.best.get(str(self.best), (0.0, -1.0))[1] == after / 1000:
@@ -158,11 +194,12 @@ class CheckpointCallback(StepCallback, Checkpoint):
             if failure is not None:
                 say(f"best.ckpt could not be written ({failure}); training goes on.")
         if self._interrupted(trainer, after // (after - before)):
-            if not saved:
+            if self._saved != after:
                 self.save(trainer, pl_module)
+            by = self._signal or "a signal to another process"
+            written = "checkpoint written" if self._saved == after else "no checkpoint written"
             raise TrainingStopped(
-                f"Stopped by {self._signal or 'a signal to another process'} at {after / 1000:g} "
-                "kimg, checkpoint written: the same command continues.",
+                f"Stopped by {by} at {after / 1000:g} kimg, {written}: the same command continues.",
                 INTERRUPTED,
             )
 
@@ -174,27 +211,43 @@ class CheckpointCallback(StepCallback, Checkpoint):
         return step % _AGREE == 0 and bool(trainer.strategy.reduce_boolean_decision(got, all=False))
 
     def save(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Save now.
+        """Save now, or after the next step if gradients were not finite.
 
         Raises:
             TrainingStopped: If that failed too often, or at the end of the run.
         """
+        over = pl_module.nimg >= pl_module.total_nimg
+        self._owed = not over and int(pl_module.gradient_stats.streak) > 0
+        if self._owed:
+            return
         failure = self._write(trainer, f"nimg{pl_module.nimg:012d}.ckpt")
         folder = Path(trainer.default_root_dir)
         if failure is None:
-            self._failures = 0
+            self._failures, self._saved = 0, pl_module.nimg
             if trainer.is_global_zero:
-                for old in checkpoints_of(folder)[self.keep :]:
-                    old.unlink()
+                self._remove_old(folder)
             return
         self._failures += 1
         last = next((str(path) for path in checkpoints_of(folder)), "none was written before")
         found = f"The checkpoint at {pl_module.nimg / 1000:g} kimg could not be written ({failure})"
-        over = pl_module.nimg >= pl_module.total_nimg
         if over or self._failures >= self.max_failures:
             times = "" if over else f", {self._failures} times in a row"
             raise TrainingStopped(f"{found}{times}. Make room; the last good one: {last}.")
         say(f"{found}; training goes on. The last good one: {last}.")
+
+    def _remove_old(self, folder: Path) -> None:
+        """Keep the newest ones, and the first one of every ``keep_every_kimg``."""
+        found = checkpoints_of(folder)
+        kept = set(found[: self.keep])
+        if self.keep_every_kimg is not None:
+            first: dict[int, Path] = {}
+            for path in reversed(found):
+                nimg = int(path.stem.removeprefix("nimg"))
+                first.setdefault(int(nimg // (1000 * self.keep_every_kimg)), path)
+            kept |= {path for number, path in first.items() if number}
+        for path in found:
+            if path not in kept:
+                path.unlink(missing_ok=True)
 
     def _write(self, trainer: L.Trainer, name: str) -> str | None:
         """Write a checkpoint; returns why it could not be written, the same on all ranks."""

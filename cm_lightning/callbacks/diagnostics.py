@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import lightning as L
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from cm_lightning.callbacks.step import StepCallback, check_interval, due, log_metrics
 from cm_lightning.evaluation import diagnostics_figure, read_metrics, save_figure
-from cm_lightning.loggers import KimgWandbLogger
+from cm_lightning.loggers import KimgWandbLogger, say, tolerated
 from cm_lightning.objective import ReferenceMean
 from cm_lightning.types import Batch, InputError, LossOutput, expand
 
@@ -28,7 +29,8 @@ HISTOGRAM_BINS, HISTOGRAM_RANGE = 48, (-6.0, 6.0)
 class DiagnosticsCallback(StepCallback):
     """Log means over windows of ``every_kimg``.
 
-    Keys: ``loss`` and ``distance`` (over all images), the same per bin of the noise level t
+    Keys: ``loss`` and ``distance`` (over all images), ``loss/nonfinite`` (images of the window with a
+    loss that is not finite; they count as 0 in the means), the same per bin of the noise level t
     (``loss_by_sigma/0.1-0.5``), ``ratio/r_over_t``, ``gradient/norm`` and ``gradient/nonfinite``
     (steps so far with a non-finite gradient), ``schedule/learning_rate``,
     ``schedule/stage``, ``schedule/levels`` (size of the grid), ``schedule/target_rate``,
@@ -42,7 +44,8 @@ class DiagnosticsCallback(StepCallback):
     At the end of the run everything per bin is drawn into ``diagnostics.png``.
     W&B also gets a histogram of the per-image loss, ``loss_histogram`` over log10.
     Sums stay on the device until a window ends and are stored in checkpoints, so a resumed run
-    logs what an uninterrupted one does (speed and memory apart).
+    logs what an uninterrupted one does (speed and memory apart). A window whose distance is far
+    above those before it is told in one line.
 
     Args:
         every_kimg: Length of a window in thousands of images.
@@ -50,6 +53,8 @@ class DiagnosticsCallback(StepCallback):
         exact_rows: Images per window (over all devices) on which the target's variance is
             measured, 0 for none. It is left out for unconditional data beyond 2 GiB.
         picture: Whether to draw ``diagnostics.png``.
+        spike: How many times the median of the last ten windows a window's distance must be to be
+            called a spike, > 1; ``None`` for no such line.
 
     Raises:
         InputError: If an argument is outside its range.
@@ -61,13 +66,18 @@ class DiagnosticsCallback(StepCallback):
         edges: Sequence[float] = (0.1, 0.5, 2.0, 10.0),
         exact_rows: int = 64,
         picture: bool = True,
+        spike: float | None = 5.0,
     ) -> None:
         check_interval("diagnostics", every_kimg)
         if exact_rows < 0:
             raise InputError(f"diagnostics.exact_rows must be 0 or more, got {exact_rows}.")
         if list(edges) != sorted(set(edges)) or not edges:
             raise InputError(f"diagnostics.edges must increase, got {list(edges)}.")
+        if spike is not None and not spike > 1:
+            raise InputError(f"diagnostics.spike must be greater than 1 or null, got {spike}.")
         self.every_kimg = every_kimg
+        self.spike = spike
+        self._recent: list[float] = []
         self.edges = list(edges)
         self.exact_rows = exact_rows
         self.picture = picture
@@ -91,7 +101,7 @@ class DiagnosticsCallback(StepCallback):
     def on_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the clock; sums of a resumed window go back to the device."""
         if self._sums is None:
-            self._sums = torch.zeros(len(self.bins) + 1, 4, dtype=torch.float64)
+            self._sums = torch.zeros(len(self.bins) + 1, 5, dtype=torch.float64)
         self._sums = self._sums.to(pl_module.device)
         self._histogram = self._histogram.to(pl_module.device)
         self._edges = torch.tensor(self.edges, dtype=torch.float64, device=pl_module.device)
@@ -111,9 +121,10 @@ class DiagnosticsCallback(StepCallback):
         assert self._sums is not None
         bins = torch.bucketize(output.t, self._edges, right=True)
         ones = torch.ones_like(output.t)
-        columns = (ones, output.loss.detach(), output.distance, output.r / output.t)
+        loss = output.loss.detach()
+        columns = (ones, loss, output.distance, output.r / output.t, ~loss.isfinite())
         values = torch.stack([column.double() for column in columns], 1)
-        self._sums.index_add_(0, bins, values.nan_to_num())
+        self._sums.index_add_(0, bins, values.nan_to_num(posinf=0.0))
         low, high = HISTOGRAM_RANGE
         place = (values[:, 1].clamp_min(1e-30).log10() - low) / (high - low) * HISTOGRAM_BINS
         place = place.nan_to_num(HISTOGRAM_BINS - 1).clamp(0, HISTOGRAM_BINS - 1).long()
@@ -139,11 +150,12 @@ class DiagnosticsCallback(StepCallback):
         histogram = trainer.strategy.reduce(self._histogram.clone(), reduce_op="sum").cpu()
         self._sums.zero_()
         self._histogram.zero_()
-        counts, losses, distances, ratios = sums[:-1].T
+        counts, losses, distances, ratios, nonfinite = sums[:-1].T
         total = counts.sum().clamp_min(1)
         metrics = {
             "loss": float(losses.sum() / total),
             "distance": float(distances.sum() / total),
+            "loss/nonfinite": float(nonfinite.sum()),
             "ratio/r_over_t": float(ratios.sum() / total),
             "gradient/norm": float(sums[-1, 1] / sums[-1, 0].clamp_min(1)),
             "gradient/nonfinite": float(pl_module.gradient_stats.nonfinite_steps),
@@ -167,11 +179,23 @@ class DiagnosticsCallback(StepCallback):
         metrics["memory/peak_gb"] = peak_memory(pl_module.device) / 2**30
         self._clock, self._counted = now, pl_module.nimg
         self.latest = metrics
+        self._tell_spike(metrics["distance"], pl_module)
         log_metrics(trainer, pl_module.nimg, metrics)
         edges = torch.linspace(*HISTOGRAM_RANGE, HISTOGRAM_BINS + 1).tolist()
         for logger in trainer.loggers:
             if isinstance(logger, KimgWandbLogger):
                 logger.log_histogram("loss_histogram", histogram.tolist(), edges, pl_module.nimg)
+
+    def _tell_spike(self, distance: float, pl_module: Any) -> None:
+        if self.spike is None:
+            return
+        if len(self._recent) >= 3 and distance > self.spike * median(self._recent):
+            say(
+                f"Spike: the mean distance of the last window, {distance:.3g}, is "
+                f"{distance / median(self._recent):.1f} times the median of the windows before "
+                f"({pl_module.nimg / 1000:g} kimg)."
+            )
+        self._recent = [*self._recent[-9:], distance]
 
     def _target_variance(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
         """Errors of the estimate of E[x0 | x_t] and of x0 against the exact one, by bin."""
@@ -221,16 +245,22 @@ class DiagnosticsCallback(StepCallback):
             return
         figure = diagnostics_figure(read_metrics(path), path.parent.name)
         if figure is not None:
-            save_figure(figure, path.with_name("diagnostics.png"))
+            with tolerated("diagnostics.png"):
+                save_figure(figure, path.with_name("diagnostics.png"))
 
     def state_dict(self) -> dict[str, Any]:
         """Sums of the window under way."""
-        return {"sums": self._sums, "histogram": self._histogram, "notes": self._notes}
+        return {
+            "sums": self._sums,
+            "histogram": self._histogram,
+            "notes": self._notes,
+            "recent": self._recent,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the window under way."""
         self._sums, self._histogram = state_dict["sums"], state_dict["histogram"]
-        self._notes = dict(state_dict["notes"])
+        self._notes, self._recent = dict(state_dict["notes"]), list(state_dict["recent"])
 
 
 def first_rows(batch: Batch, n: int) -> Batch:

@@ -12,7 +12,7 @@ import torch
 from cm_lightning.callbacks.ema import find_ema
 from cm_lightning.callbacks.step import StepCallback, check_interval, due
 from cm_lightning.evaluation import image_grid, save_png, to_uint8
-from cm_lightning.loggers import KimgWandbLogger
+from cm_lightning.loggers import KimgWandbLogger, tolerated
 from cm_lightning.sampling import (
     DEFAULT_SAMPLERS,
     Sampler,
@@ -74,7 +74,8 @@ class SamplesCallback(StepCallback):
         """Draw when it is due."""
         if trainer.is_global_zero and due(before, after, self.every_kimg, pl_module.total_nimg):
             for sampler in self.samplers:
-                self.draw(trainer, pl_module, sampler)
+                with tolerated("A grid of samples"):
+                    self.draw(trainer, pl_module, sampler)
 
     def draw(self, trainer: L.Trainer, pl_module: Any, sampler: Sampler) -> None:
         """Draw one grid, write it and send it to the loggers that take images."""

@@ -9,7 +9,7 @@ import lightning as L
 
 from cm_lightning.types import InputError
 
-__all__ = ["StepCallback", "check_interval", "due", "log_metrics"]
+__all__ = ["StepCallback", "check_interval", "due", "log_metrics", "step_of"]
 
 
 def check_interval(owner: str, every_kimg: float | None) -> None:
@@ -39,11 +39,17 @@ def due(before: int, after: int, every_kimg: float | None, total_nimg: int) -> b
     return after >= total_nimg or int(after // interval) > int(before // interval)
 
 
+def step_of(trainer: L.Trainer) -> int:
+    """Optimizer steps so far, those that a return to a checkpoint undid included."""
+    module: Any = trainer.lightning_module
+    return int(module.position // trainer.datamodule.global_batch)  # type: ignore[attr-defined]
+
+
 def log_metrics(trainer: L.Trainer, nimg: int, metrics: Mapping[str, float]) -> None:
     """Send numbers to every logger with ``kimg`` as their x-axis (rank 0 only)."""
     if trainer.is_global_zero:
         for logger in trainer.loggers:
-            logger.log_metrics({"kimg": nimg / 1000, **metrics}, step=trainer.global_step)
+            logger.log_metrics({"kimg": nimg / 1000, **metrics}, step=step_of(trainer))
 
 
 class StepCallback(L.Callback):

@@ -10,9 +10,7 @@ from typing import Any
 
 import yaml
 
-from cm_lightning.callbacks.checkpoints import checkpoints_of
-from cm_lightning.files import is_intact
-from cm_lightning.loggers import say
+from cm_lightning.callbacks import newest_intact
 from cm_lightning.types import InputError
 
 __all__ = ["RunPlan", "differences", "plan_run"]
@@ -80,29 +78,6 @@ def plan_run(config: Any, text: str) -> RunPlan:
     if resume not in ("auto", "never"):
         checkpoint = Path(resume)
     return RunPlan(run_dir, checkpoint, text, wandb_id(run_dir))
-
-
-def newest_intact(run_dir: Path) -> Path | None:
-    """The checkpoint with the most images that is whole, ``None`` if there are none at all.
-
-    Raises:
-        InputError: If there are some and all are damaged.
-    """
-    found = checkpoints_of(run_dir)
-    for number, path in enumerate(found):
-        if is_intact(path):
-            if number:
-                say(
-                    f"{', '.join(str(p) for p in found[:number])} cannot be read, it is damaged: "
-                    f"continuing from {path}, the one before."
-                )
-            return path
-    if found:
-        raise InputError(
-            f"Every checkpoint of {run_dir} is damaged ({', '.join(p.name for p in found)}): "
-            "choose another --run_dir to start anew; nothing was changed here."
-        )
-    return None
 
 
 def default_run_dir(config: Any) -> Path:

@@ -277,7 +277,7 @@ class ImageDataModule(L.LightningDataModule):
             plan.micro_batch,
             rank=self.trainer.global_rank,
             world=plan.world,
-            start_nimg=getattr(self.trainer.lightning_module, "nimg", 0),
+            start_nimg=getattr(self.trainer.lightning_module, "position", 0),
         )
         device = self.trainer.strategy.root_device
         if self.resident and (self._resident is None or self._resident.device != device):
@@ -305,7 +305,7 @@ class ImageDataModule(L.LightningDataModule):
             index = index + len(self.store) * batch.flip
         references = batch.references
         if references is None and self._bank is not None:
-            nimg = int(getattr(self.trainer.lightning_module, "nimg", 0)) if self.trainer else 0
+            nimg = int(getattr(self.trainer.lightning_module, "position", 0)) if self.trainer else 0
             references = self._bank(batch.labels, nimg, x0.device, self._resident)
         if references is not None and self._nearest is not None:
             self._nearest = self._nearest.to(x0.device)

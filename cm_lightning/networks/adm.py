@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cm_lightning.dropout import LabelDropout
 from cm_lightning.networks.layers import (
     Conv,
     GroupNorm,
@@ -17,7 +18,6 @@ from cm_lightning.networks.layers import (
     Linear,
     PositionalEmbedding,
     UNetBlock,
-    drop_labels,
 )
 from cm_lightning.networks.songunet import check_counts, check_images, check_sizes
 
@@ -92,6 +92,7 @@ class ADMUNet(nn.Module):
         self.img_resolution, self.in_channels = img_resolution, in_channels
         self.out_channels, self.label_dim, self.augment_dim = out_channels, label_dim, augment_dim
         self.label_dropout = label_dropout
+        self.drop_labels = LabelDropout(label_dropout)
         emb_channels = model_channels * channel_mult_emb
         block: dict[str, Any] = {
             "emb_channels": emb_channels,
@@ -197,7 +198,6 @@ class ADMUNet(nn.Module):
             emb = self.map_layer1(functional.silu(self.map_layer0(emb)))
             if self.map_label is not None and class_labels is not None:
                 rows = class_labels.to(emb.dtype)
-                if self.training:
-                    rows = drop_labels(rows, self.label_dropout)
+                rows = self.drop_labels(rows)
                 emb = emb + self.map_label(rows)
             return functional.silu(emb)

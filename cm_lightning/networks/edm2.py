@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cm_lightning.networks.layers import drop_labels
+from cm_lightning.dropout import Dropout, LabelDropout
 from cm_lightning.networks.preconditioning import EDMPrecond
 from cm_lightning.networks.songunet import check_counts, check_images, check_sizes
 from cm_lightning.types import InputError
@@ -119,7 +119,7 @@ class EDM2Block(nn.Module):
         super().__init__()
         self.out_channels, self.encoder, self.resample = out_channels, encoder, resample
         self.heads = out_channels // HEAD_CHANNELS if attention else 0
-        self.dropout, self.kind = dropout, kind
+        self.dropout, self.kind = Dropout(dropout), kind
         inner = out_channels if encoder else in_channels
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(inner, out_channels, 3)
@@ -143,7 +143,7 @@ class EDM2Block(nn.Module):
         y = self.conv_res0(mp_silu(x))
         scale = self.emb_linear(emb, gain=self.emb_gain) + 1
         y = mp_silu(y * scale.to(y.dtype)[:, :, None, None])
-        y = self.conv_res1(functional.dropout(y, p=self.dropout, training=self.training))
+        y = self.conv_res1(self.dropout(y))
         if not self.encoder and self.conv_skip is not None:
             x = self.conv_skip(x)
         x = mp_sum(x, y, RESIDUAL_BALANCE)
@@ -221,6 +221,7 @@ class EDM2UNet(nn.Module):
         self.img_resolution, self.in_channels = img_resolution, in_channels
         self.out_channels, self.label_dim = out_channels, label_dim
         self.label_dropout = label_dropout
+        self.drop_labels = LabelDropout(label_dropout)
         widths = [model_channels * multiple for multiple in channel_mult]
         emb_channels = max(widths)
 
@@ -317,8 +318,7 @@ class EDM2UNet(nn.Module):
                     rows = torch.zeros(len(emb), self.label_dim, dtype=wide, device=emb.device)
                 else:
                     rows = class_labels.to(wide)
-                if self.training:
-                    rows = drop_labels(rows, self.label_dropout)
+                rows = self.drop_labels(rows)
                 rows = self.emb_label(rows * math.sqrt(self.label_dim))
                 emb = mp_sum(emb, rows, LABEL_BALANCE)
             return mp_silu(emb)

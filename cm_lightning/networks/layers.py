@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cm_lightning.dropout import Dropout
 from cm_lightning.types import InputError
 
 __all__ = [
@@ -20,7 +21,6 @@ __all__ = [
     "Linear",
     "PositionalEmbedding",
     "UNetBlock",
-    "drop_labels",
 ]
 
 Init = tuple[Literal["xavier_uniform", "kaiming_uniform", "kaiming_normal"], float, float]
@@ -53,14 +53,6 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, in_features)`` to ``(B, out_features)``."""
         return functional.linear(x, self.weight, self.bias)
-
-
-def drop_labels(rows: Tensor, probability: float) -> Tensor:
-    """Zero whole rows ``(B, label_dim)`` with the given probability: "no class" in training."""
-    if not probability:
-        return rows
-    keep = torch.rand(len(rows), 1, device=rows.device) >= probability
-    return rows * keep.to(rows.dtype)
 
 
 class GroupNorm(nn.Module):
@@ -219,7 +211,8 @@ class UNetBlock(nn.Module):
         if attention not in ("sdpa", "math"):
             raise InputError(f"attention must be 'sdpa' or 'math', got {attention!r}.")
         self.in_channels, self.out_channels, self.heads = in_channels, out_channels, heads
-        self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
+        self.dropout = Dropout(dropout)
+        self.skip_scale, self.adaptive_scale = skip_scale, adaptive_scale
         self.attention = attention
         changes = out_channels != in_channels
         resampling = {"up": up, "down": down, "resample_filter": resample_filter}
@@ -246,7 +239,7 @@ class UNetBlock(nn.Module):
             h = functional.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
         else:
             h = functional.silu(self.norm1(h + params))
-        h = self.conv1(functional.dropout(h, p=self.dropout, training=self.training))
+        h = self.conv1(self.dropout(h))
         x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
         if self.heads:
             x = (x + self.proj(self._attend(self.qkv(self.norm2(x))))) * self.skip_scale

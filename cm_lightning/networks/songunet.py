@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cm_lightning.dropout import LabelDropout
 from cm_lightning.networks.layers import (
     Conv,
     FourierEmbedding,
@@ -18,7 +19,6 @@ from cm_lightning.networks.layers import (
     Linear,
     PositionalEmbedding,
     UNetBlock,
-    drop_labels,
 )
 from cm_lightning.types import InputError
 
@@ -101,6 +101,7 @@ class SongUNet(nn.Module):
         self.img_resolution, self.in_channels = img_resolution, in_channels
         self.out_channels, self.label_dim, self.augment_dim = out_channels, label_dim, augment_dim
         self.label_dropout = label_dropout
+        self.drop_labels = LabelDropout(label_dropout)
         emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
         block: dict[str, Any] = {
@@ -223,8 +224,7 @@ class SongUNet(nn.Module):
             emb = torch.cat(list(reversed(emb.chunk(2, dim=1))), dim=1)  # sines first
             if self.map_label is not None and class_labels is not None:
                 rows = class_labels.to(emb.dtype)
-                if self.training:
-                    rows = drop_labels(rows, self.label_dropout)
+                rows = self.drop_labels(rows)
                 emb = emb + self.map_label(rows * math.sqrt(self.label_dim))
             elif self.map_label is not None:
                 zeros = torch.zeros(1, self.label_dim, dtype=emb.dtype, device=emb.device)

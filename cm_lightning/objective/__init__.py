@@ -19,7 +19,7 @@ from cm_lightning.objective.discretization import (
 )
 from cm_lightning.objective.distance import L1, L2, Distance, PseudoHuber, SquaredL2
 from cm_lightning.objective.lpips import LPIPS
-from cm_lightning.objective.objective import Draw, Objective, paired_forward, shared_dropout
+from cm_lightning.objective.objective import Draw, Objective, paired_forward
 from cm_lightning.objective.phases import Phases, jump
 from cm_lightning.objective.posterior import (
     PosteriorMean,
@@ -72,5 +72,4 @@ __all__ = [
     "jump",
     "merge_sums",
     "paired_forward",
-    "shared_dropout",
 ]

@@ -6,14 +6,13 @@ CT, iCT, ECT, SCT and CD are one ODE step from t down to r under different estim
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cm_lightning.dropout import DropoutKey, shared_dropout
 from cm_lightning.objective.coupling import Coupling, Denoise
 from cm_lightning.objective.discretization import Discretization
 from cm_lightning.objective.distance import Distance
@@ -22,12 +21,12 @@ from cm_lightning.objective.solver import Solver
 from cm_lightning.objective.weighting import Weighting
 from cm_lightning.types import Batch, Denoiser, LossOutput, expand
 
-__all__ = ["Draw", "Objective", "paired_forward", "shared_dropout"]
+__all__ = ["Draw", "Objective", "paired_forward"]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The randomness of one batch: a pure function of (seed, nimg) and of the rows it covers.
+    """The randomness of one batch: a pure function of the seed, the clock and the rows it covers.
 
     Noise is drawn for the whole global batch of the optimizer step and each rank or micro-batch
     keeps its own rows, so the noise of an image does not depend on how the batch is split.
@@ -38,6 +37,7 @@ class Draw:
         start: First row of this micro-batch within the global batch.
         total: Number of images in the global batch.
         device: Where to draw.
+        skipped: Images whose batches were skipped, which moves the random stream on.
     """
 
     seed: int
@@ -45,16 +45,19 @@ class Draw:
     start: int
     total: int
     device: torch.device
+    skipped: int = 0
 
     def generator(self) -> torch.Generator:
         """A fresh generator; equal for every rank and micro-batch of the step."""
-        state = np.random.SeedSequence((self.seed, self.nimg)).generate_state(1, np.uint64)
+        words = (self.seed, self.nimg + self.skipped)
+        state = np.random.SeedSequence(words).generate_state(1, np.uint64)
         return torch.Generator(self.device).manual_seed(int(state[0] >> np.uint64(1)))
 
-    def dropout_seed(self) -> int:
-        """Seed of the dropout masks; differs between micro-batches and ranks."""
-        words = (self.seed, self.nimg, self.start, 1)
-        return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    def dropout(self) -> DropoutKey:
+        """Key of the dropout masks, which belong to the rows of the global batch as well."""
+        words = (self.seed, self.nimg + self.skipped, 1)
+        state = np.random.SeedSequence(words).generate_state(1, np.uint64)
+        return DropoutKey(int(state[0] >> np.uint64(1)), self.start)
 
     def rows(self, values: Tensor, n: int) -> Tensor:
         """Keep this micro-batch's ``n`` rows of values drawn for the global batch."""
@@ -67,20 +70,6 @@ class Draw:
         return self.rows(noise, len(like))
 
 
-@contextmanager
-def shared_dropout(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the default generators inside the context and restore them on leaving.
-
-    Two passes of one network inside two such contexts with the same seed draw the same dropout
-    masks, on CPU and on CUDA, and the surrounding random stream is left untouched.
-    """
-    accelerators = [] if device.type == "cpu" else [device]
-    kind = "cuda" if device.type == "cpu" else device.type
-    with torch.random.fork_rng(devices=accelerators, device_type=kind):
-        torch.manual_seed(seed)
-        yield
-
-
 def paired_forward(
     online: Denoiser,
     target: Denoiser,
@@ -89,7 +78,7 @@ def paired_forward(
     x_r: Tensor,
     r: Tensor,
     labels: Tensor | None,
-    dropout_seed: int,
+    dropout: DropoutKey,
     end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Evaluate both ends of a pair under one dropout mask.
@@ -107,20 +96,20 @@ def paired_forward(
         x_r: Images at the smaller level, ``(B, C, H, W)``.
         r: Smaller levels, ``(B,)``, zero allowed.
         labels: Class indices ``(B,)`` or ``None``.
-        dropout_seed: Seed of both passes' dropout masks.
+        dropout: Key of both passes' dropout masks.
         end: Level at which f is the identity, ``(B,)``, ``0 <= end <= r``; ``None`` for 0.
 
     Returns:
         ``(prediction, target)``, each ``(B, C, H, W)``.
     """
     at_end = r == (0 if end is None else end)
-    with torch.no_grad(), shared_dropout(dropout_seed, x_t.device):
+    with torch.no_grad(), shared_dropout(target, dropout, x_t.device):
         safe_r = torch.where(at_end, t, r)
         goal = target(x_r, safe_r.to(x_r.dtype), labels)
         if end is not None:
             goal = jump(goal, x_r, safe_r, end)
         goal = torch.where(expand(at_end, goal).bool(), x_r, goal)
-    with shared_dropout(dropout_seed, x_t.device):
+    with shared_dropout(online, dropout, x_t.device):
         prediction = online(x_t, t.to(x_t.dtype), labels)
     return prediction if end is None else jump(prediction, x_t, t, end), goal
 
@@ -199,7 +188,7 @@ class Objective:
             draw.rows(u, n),
             endpoint=endpoint,
             nimg=draw.nimg,
-            dropout_seed=draw.dropout_seed(),
+            dropout=draw.dropout(),
         )
 
     def evaluate(
@@ -214,7 +203,7 @@ class Objective:
         *,
         endpoint: Denoiser | None = None,
         nimg: int = 0,
-        dropout_seed: int = 0,
+        dropout: DropoutKey = DropoutKey(0),
     ) -> LossOutput:
         """The deterministic part: the loss at given levels and noise.
 
@@ -228,9 +217,9 @@ class Objective:
             u: Uniform numbers for the coupling, ``(B,)``.
             endpoint: Network that predicts endpoints, ``None`` for ``online``.
             nimg: Images seen so far, for the coupling's schedule.
-            dropout_seed: Seed of the dropout masks.
+            dropout: Key of the dropout masks.
         """
-        denoise = _prediction(online if endpoint is None else endpoint, batch, dropout_seed)
+        denoise = _prediction(online if endpoint is None else endpoint, batch, dropout)
         x0, z, generated = self.coupling(batch, z, u, t, r, nimg, denoise)
         notes: dict[str, Tensor] = {}
         batch = batch._replace(x0=x0, generated=generated, notes=notes)
@@ -241,7 +230,7 @@ class Objective:
         x_t = x0 + expand(t, x0) * z
         x_r = self.solver(x_t, t, r, batch)
         prediction, goal = paired_forward(
-            online, target, x_t, t, x_r, r, batch.labels, dropout_seed, end
+            online, target, x_t, t, x_r, r, batch.labels, dropout, end
         )
         if self.phases is not None and self.phases.normalize:
             scale = expand(1 / (1 - self.phases.end(t) / t), x0)
@@ -251,14 +240,15 @@ class Objective:
         return LossOutput(distance * weight.to(distance.dtype), distance.detach(), t, r, notes)
 
 
-def _prediction(network: Denoiser, batch: Batch, dropout_seed: int) -> Denoise:
+def _prediction(network: Denoiser, batch: Batch, key: DropoutKey) -> Denoise:
     """The network's prediction of endpoints, under dropout masks of its own if it drops out."""
+    own = key._replace(seed=key.seed ^ 1)
 
     def denoise(x: Tensor, sigma: Tensor, *, dropout: bool = False) -> Tensor:
         training = network.training
         network.train(dropout)
         try:
-            with torch.no_grad(), shared_dropout(dropout_seed ^ 1, x.device):
+            with torch.no_grad(), shared_dropout(network, own, x.device):
                 endpoint: Tensor = network(x, sigma.to(x.dtype), batch.labels)
         finally:
             network.train(training)

@@ -12,22 +12,23 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch.optim import Optimizer
 
-from cm_lightning.callbacks import TargetNetworkCallback, WeightNormalizationCallback
+from cm_lightning.callbacks import (
+    GuardCallback,
+    TargetNetworkCallback,
+    WeightNormalizationCallback,
+)
 from cm_lightning.ema import EMAProfile
 from cm_lightning.files import hash_tensors
 from cm_lightning.networks import preserves_magnitude
 from cm_lightning.objective import Draw, GeneratorCoupling, Grid, Objective
 from cm_lightning.optim import GradientGuard, GradientStats, LearningRate
-from cm_lightning.types import Batch, Denoiser, InputError, LossOutput, TrainingStopped
+from cm_lightning.types import Batch, Denoiser, InputError, LossOutput
 from cm_lightning.weights import Pretrained, check_weights, start_from
 
-__all__ = ["ConsistencyModule", "TrainingStopped", "radam", "radam_cm"]
+__all__ = ["ConsistencyModule", "radam", "radam_cm"]
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Precisions in which weights, noise levels and losses stay fp32."""
-
-_STREAK_INTERVAL = 20
-"""Optimizer steps between two looks at the non-finite streak (a look waits for the device)."""
 
 
 def radam(parameters: Any) -> Optimizer:
@@ -44,10 +45,10 @@ class ConsistencyModule(L.LightningModule):
     """Base of all regimes; a regime implements :meth:`loss` and nothing else.
 
     Callbacks rely on few public names: ``denoiser``; ``nimg``, the number of images seen by all
-    ranks; ``averages``; ``schedule`` and ``gradient_stats`` for the logs. ``nimg`` advances by the
-    global batch right after each optimizer step, before any callback runs. Randomness is a pure
-    function of (seed, nimg, row in the global batch), so a resumed run repeats an uninterrupted
-    one.
+    ranks; ``skipped``, those whose batches a return to a checkpoint left behind; ``averages``;
+    ``schedule`` and ``gradient_stats`` for the logs. ``nimg`` advances by the global batch right
+    after each optimizer step, before any callback runs. Randomness is a pure function of (seed,
+    nimg + skipped, row in the global batch), so a resumed run repeats an uninterrupted one.
 
     Args:
         denoiser: The network that is trained.
@@ -87,6 +88,7 @@ class ConsistencyModule(L.LightningModule):
         self.gradients = gradients
         self.seed = seed
         self.nimg = 0
+        self.skipped = 0
         self.gradient_stats: GradientStats | None = None
         self._micro_step = 0
         self.global_batch = 0
@@ -149,7 +151,7 @@ class ConsistencyModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Callbacks that this module cannot be trained without."""
-        needed: list[L.Callback] = []
+        needed: list[L.Callback] = [GuardCallback(self.gradients)]
         if self.averages:
             needed.append(TargetNetworkCallback())
         if preserves_magnitude(self.denoiser):
@@ -202,6 +204,11 @@ class ConsistencyModule(L.LightningModule):
         return values
 
     @property
+    def position(self) -> int:
+        """Where the run stands in the order of images and in its random stream."""
+        return self.nimg + self.skipped
+
+    @property
     def total_nimg(self) -> int:
         """Length of the run in images."""
         return round(1000 * self.total_kimg)
@@ -240,7 +247,8 @@ class ConsistencyModule(L.LightningModule):
         self.global_batch = n * world * accumulation
         start = (self._micro_step * world + self.trainer.global_rank) * n
         self._micro_step += 1
-        draw = Draw(self.seed, self.nimg, start, self.global_batch, batch.x0.device)
+        device = batch.x0.device
+        draw = Draw(self.seed, self.nimg, start, self.global_batch, device, self.skipped)
         output = self.loss(batch, draw)
         return {"loss": output.loss.mean(), "output": output}
 
@@ -263,19 +271,8 @@ class ConsistencyModule(L.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.nimg += self.global_batch
         self._micro_step = 0
-        if self.nimg // self.global_batch % _STREAK_INTERVAL == 0:
-            self._check_streak()
         if self.nimg >= self.total_nimg:
             self.trainer.should_stop = True
-
-    def _check_streak(self) -> None:
-        stats = self.gradient_stats
-        if stats is not None and int(stats.streak) >= self.gradients.stop_after:
-            raise TrainingStopped(
-                f"Gradients were not finite in {int(stats.streak)} steps in a row (up to "
-                f"{self.nimg / 1000:g} kimg). Try a lower learning rate or 32-bit precision; "
-                "the checkpoints written before are kept."
-            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the clock and what identifies the run (plain numbers, strings and tensors)."""
@@ -283,6 +280,7 @@ class ConsistencyModule(L.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         checkpoint["cm_lightning"] = {
             "nimg": self.nimg,
+            "skipped": self.skipped,
             "seed": self.seed,
             "regime": type(self).__name__,
             "data": getattr(data, "fingerprint", None),
@@ -316,7 +314,7 @@ class ConsistencyModule(L.LightningModule):
                     f"The {role} changed since the run started: {found['path']} now has SHA-256 "
                     f"{found['sha256'][:16]}, the checkpoint was trained with {digest[:16]}."
                 )
-        self.nimg = int(state["nimg"])
+        self.nimg, self.skipped = int(state["nimg"]), int(state["skipped"])
         count, streak = state["nonfinite_steps"], state["streak"]
         self.gradient_stats = GradientStats(
             torch.zeros(()), torch.tensor(count), torch.tensor(streak)

@@ -6,7 +6,8 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 
 from cm_lightning.data import EDMAugment
-from cm_lightning.objective import EDM, Draw, LogNormal, SquaredL2, Weighting, shared_dropout
+from cm_lightning.dropout import shared_dropout
+from cm_lightning.objective import EDM, Draw, LogNormal, SquaredL2, Weighting
 from cm_lightning.optim import GradientGuard, LearningRate
 from cm_lightning.regimes.base import ConsistencyModule
 from cm_lightning.types import Batch, Denoiser, InputError, LossOutput, expand
@@ -93,7 +94,7 @@ class Diffusion(ConsistencyModule):
             )
             x0, told["augment_labels"] = self.augment(x0, draw.rows(u, n), draw.rows(w, n))
         x_t = x0 + expand(t, x0) * z
-        with shared_dropout(draw.dropout_seed(), x0.device):
+        with shared_dropout(self.denoiser, draw.dropout(), x0.device):
             prediction = self.denoiser(x_t, t.to(x0.dtype), batch.labels, **told)
         distance = self.distance(prediction, x0)
         weight = self.weighting(t, r, self.denoiser.sigma_data).to(distance.dtype)

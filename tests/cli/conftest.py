@@ -13,6 +13,9 @@ DIGITS = str(ROOT / "configs" / "ect_digits.yaml")
 TINY = str(ROOT / "tests" / "tiny.yaml")
 
 
+ONE_CALL = "[{class_path: MultistepSampler, init_args: {sigmas: [80]}}]"
+
+
 class Done(NamedTuple):
     code: int
     out: str
@@ -58,4 +61,17 @@ def fit(program):
             "cm-fit", "--config", DIGITS, "--config", TINY, "--run_dir", run_dir, *arguments
         )
 
+    return run
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A diffusion run of 20 steps with label dropout."""
+    from cm_lightning.cli import fit
+
+    run = tmp_path_factory.mktemp("runs") / "teacher"
+    words = ["--config", str(ROOT / "configs" / "diffusion_digits.yaml"), "--config", TINY]
+    words += ["--run_dir", str(run), "--model.total_kimg", "1.28", "--model.optimizer.lr", "5e-3"]
+    words += ["--model.denoiser.backbone.label_dropout", "0.1", "--fid.n", "66"]
+    fit.main([*words, "--fid.samplers", ONE_CALL, "--samples.samplers", ONE_CALL])
     return run

@@ -8,27 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cli.conftest import ROOT, TINY
+from tests.cli.conftest import ONE_CALL, ROOT, TINY
 
 REGIMES = ("diffusion", "cd", "ct", "ict", "ect", "gc", "sct")
 COARSE = {  # few levels, so that 30 steps carry the data up to the largest noise
     "cd": ["--model.discretization.n", 4, "--model.target.rate", 0.2],
     "ct": ["--model.discretization.s1", 4, "--model.discretization.mu0", 0.1],
 }
-ONE_CALL = "[{class_path: MultistepSampler, init_args: {sigmas: [80]}}]"
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """A diffusion run of 20 steps with label dropout."""
-    from cm_lightning.cli import fit
-
-    run = tmp_path_factory.mktemp("runs") / "teacher"
-    words = ["--config", str(ROOT / "configs" / "diffusion_digits.yaml"), "--config", TINY]
-    words += ["--run_dir", str(run), "--model.total_kimg", "1.28", "--model.optimizer.lr", "5e-3"]
-    words += ["--model.denoiser.backbone.label_dropout", "0.1", "--fid.n", "66"]
-    fit.main([*words, "--fid.samplers", ONE_CALL, "--samples.samplers", ONE_CALL])
-    return run
 
 
 @pytest.fixture

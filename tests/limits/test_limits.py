@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cm_lightning.callbacks import TargetNetworkCallback
+from cm_lightning.dropout import shared_dropout
 from cm_lightning.ema import ConstantEMA
 from cm_lightning.objective import (
     L2,
@@ -27,7 +28,6 @@ from cm_lightning.objective import (
     SquaredL2,
     TeacherMean,
     Uniform,
-    shared_dropout,
 )
 from cm_lightning.regimes import CT, ECT, GC, ICT
 from cm_lightning.types import Batch, References
@@ -118,8 +118,9 @@ def test_the_endpoint_drops_out_only_if_told_and_under_masks_of_its_own(denoiser
         assert modes == [m.training for m in module.endpoint.modules()]
         x, sigma = seen[dropout][:2]
         still = copy.deepcopy(denoiser).eval()(x, sigma)
-        with shared_dropout(draw().dropout_seed(), CPU):
-            pair = copy.deepcopy(denoiser).train()(x, sigma)
+        pair = copy.deepcopy(denoiser).train()
+        with shared_dropout(pair, draw().dropout(), CPU):
+            pair = pair(x, sigma)
         assert torch.equal(outputs["x"], still) is not dropout
         assert not torch.equal(outputs["x"], pair)
 

@@ -94,7 +94,7 @@ def test_forced_normalisation_changes_weights_and_no_output():
 def test_dropout_only_at_low_resolutions():
     unet = EDM2UNet(32, model_channels=64, channel_mult=[1, 2], dropout=0.4, dropout_resolution=16)
     shares = {
-        name: block.dropout
+        name: block.dropout.p
         for part in (unet.enc, unet.dec)
         for name, block in part.items()
         if hasattr(block, "dropout")

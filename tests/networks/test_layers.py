@@ -142,7 +142,7 @@ def test_adm_without_scaling_and_with_dropout_at_low_resolutions():
     unet = ADMUNet(16, dropout=0.4, dropout_resolution=8, adaptive=False, **SIZES)
     for name, block in [*unet.enc.items(), *unet.dec.items()]:
         if hasattr(block, "dropout"):
-            assert block.dropout == (0.4 if int(name.split("x")[0]) <= 8 else 0.0), name
+            assert block.dropout.p == (0.4 if int(name.split("x")[0]) <= 8 else 0.0), name
             assert len(block.affine.weight) == block.out_channels, name
     block = unet.enc["16x16_block0"]
     x, emb = torch.randn(2, block.in_channels, 16, 16), torch.randn(2, block.affine.weight.shape[1])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from cm_lightning.dropout import DropoutKey
 from cm_lightning.objective import (
     EDM,
     L2,
@@ -123,10 +124,10 @@ def test_both_passes_share_one_dropout_mask():
     x = torch.randn(16, 1, 8, 8)
     t = torch.rand(16).double() + 0.5
     state = torch.get_rng_state()
-    a, b = paired_forward(net, net, x, t, x, t, None, dropout_seed=5)
+    a, b = paired_forward(net, net, x, t, x, t, None, dropout=DropoutKey(5))
     assert torch.equal(a, b)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(paired_forward(net, net, x, t, x, t, None, dropout_seed=6)[0], a)
+    assert not torch.equal(paired_forward(net, net, x, t, x, t, None, dropout=DropoutKey(6))[0], a)
     loss = PseudoHuber(0.01)(a, b)
     loss.sum().backward()
     assert float(loss.detach().sum()) == 0
@@ -164,7 +165,7 @@ def test_where_r_is_zero_the_target_is_the_image_and_the_network_is_not_asked():
     net = FunctionDenoiser(lambda x, t: seen.append(t.min().item()) or x * t.log())
     x_t, x_r = torch.randn(2, 3, 1, 4, 4)
     t, r = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 0.5, 0.0])
-    _, goal = paired_forward(net, net, x_t, t, x_r, r, None, 0)
+    _, goal = paired_forward(net, net, x_t, t, x_r, r, None, DropoutKey(0))
     assert torch.equal(goal[0], x_r[0])
     assert torch.equal(goal[2], x_r[2])
     assert min(seen) > 0

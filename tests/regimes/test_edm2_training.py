@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cm_lightning.data import Digits, ImageDataModule
+from cm_lightning.dropout import DropoutKey
 from cm_lightning.networks import EDM2Precond, EDM2UNet, normalize_weights
 from cm_lightning.networks.edm2 import MPConv
 from cm_lightning.objective import L2, Draw
@@ -105,7 +106,7 @@ def test_a_pair_at_one_level_has_no_loss_under_shared_dropout():
         net.unet.out_gain.fill_(1)
     before = copy.deepcopy(net.state_dict())
     x, t = torch.randn(4, 1, 8, 8), torch.full((4,), 0.7).double()
-    a, b = paired_forward(net, net, x, t, x, t, None, dropout_seed=3)
+    a, b = paired_forward(net, net, x, t, x, t, None, dropout=DropoutKey(3))
     assert torch.equal(a, b)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     normalize_weights(net)
