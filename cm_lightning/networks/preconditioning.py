@@ -6,7 +6,6 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cm_lightning.types import Denoiser, InputError, expand
 
@@ -118,8 +117,7 @@ class Precond(Denoiser):
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
         rows = None
         if labels is not None:
-            rows = functional.one_hot(labels.clamp_min(0), classes).to(dtype)
-            rows = rows * (labels >= 0)[:, None]
+            rows = (labels[:, None] == torch.arange(classes, device=labels.device)).to(dtype)
         inside = next(self.backbone.parameters(), x).dtype
         noise = c_noise if self.noise_scale == 1 else c_noise * self.noise_scale
         told = () if augment_labels is None else (augment_labels,)
