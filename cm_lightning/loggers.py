@@ -6,6 +6,7 @@ import csv
 import io
 import netrc
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from urllib.parse import urlparse
 import numpy as np
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+
+from cm_lightning.types import InputError
 
 __all__ = ["KimgWandbLogger", "MetricsCSV", "WandbOptions", "say", "tolerated", "wandb_logger"]
 
@@ -126,19 +129,29 @@ class MetricsCSV(Logger):
 class WandbOptions:
     """Logging to Weights & Biases; off unless a project is named.
 
-    Without an API key it works offline, says so in one line and never asks.
+    Without an API key, or when the server does not answer, it works offline, says so in one line
+    and never asks. Rows are numbered by optimizer step; W&B drops those it has from a start before.
 
     Args:
         project: Project name, ``None`` for no logging to W&B.
         entity: User or team.
         name: Display name, by default the name of the run directory.
         tags: Tags.
+        timeout: Seconds to wait for the server, at the start and at the end of a run, > 0.
+
+    Raises:
+        InputError: If the timeout is not positive.
     """
 
     project: str | None = None
     entity: str | None = None
     name: str | None = None
     tags: tuple[str, ...] = ()
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise InputError(f"wandb.timeout must be positive, got {self.timeout}.")
 
 
 def has_wandb_key() -> bool:
@@ -169,7 +182,17 @@ def tolerated(what: str) -> Iterator[None]:
 
 
 class KimgWandbLogger(WandbLogger):
-    """Lightning's W&B logger with kimg as the x-axis of every chart, pictures and histograms."""
+    """Lightning's W&B logger with kimg as the x-axis of every chart, pictures and histograms.
+
+    Args:
+        first_step: Rows of earlier optimizer steps are left out; an offline run has them already.
+        timeout: Seconds to wait for the server at the end.
+        options: Arguments of Lightning's logger.
+    """
+
+    def __init__(self, first_step: int = 0, timeout: float = 60.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.first_step, self.timeout = first_step, timeout
 
     @property
     def experiment(self) -> Any:
@@ -181,35 +204,52 @@ class KimgWandbLogger(WandbLogger):
             run.define_metric("*", step_metric="kimg")
         return run
 
-    @rank_zero_only
-    def finish(self) -> None:
-        """Close the W&B run, if one was started."""
-        if self._experiment is not None:
-            self._experiment.finish()
+    def finish(self) -> bool:
+        """Close the W&B run, if one was started; returns whether the server took it in time."""
+        if self._experiment is None:
+            return True
+        closing = threading.Thread(target=self._experiment.finish, daemon=True)
+        closing.start()
+        closing.join(self.timeout)
+        if closing.is_alive():
+            say(
+                f"W&B: the server did not answer within {self.timeout:g} s; `wandb sync --include-"
+                f"online {Path(self.save_dir or '.', 'wandb')}/*run-*` sends what it did not take."
+            )
+        return not closing.is_alive()
 
     @rank_zero_only
-    def log_picture(self, key: str, picture: np.ndarray, nimg: int) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log a row under the number of its optimizer step."""
+        self._log(dict(metrics), step)
+
+    def _log(self, row: dict[str, Any], step: int | None) -> None:
+        if step is None or step >= self.first_step:
+            self.experiment.log(row, step=step)
+
+    @rank_zero_only
+    def log_picture(self, key: str, picture: np.ndarray, nimg: int, step: int) -> None:
         """Log one uint8 picture ``(H, W, C)``."""
         import wandb
 
         image = wandb.Image(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
-        self.experiment.log({key: image, "kimg": nimg / 1000})
+        self._log({key: image, "kimg": nimg / 1000}, step)
 
     @rank_zero_only
     def log_histogram(
-        self, key: str, counts: Sequence[float], edges: Sequence[float], nimg: int
+        self, key: str, counts: Sequence[float], edges: Sequence[float], nimg: int, step: int
     ) -> None:
         """Log a histogram of ``len(edges) - 1`` counts."""
         import wandb
 
         histogram = wandb.Histogram(np_histogram=(np.asarray(counts), np.asarray(edges)))
-        self.experiment.log({key: histogram, "kimg": nimg / 1000})
+        self._log({key: histogram, "kimg": nimg / 1000}, step)
 
 
 def wandb_logger(
     options: WandbOptions, run_dir: Path, run_id: str | None
 ) -> KimgWandbLogger | None:
-    """A W&B logger, or ``None`` if it is off.
+    """A W&B logger whose run has begun, or ``None`` if it is off.
 
     Args:
         options: The user's options.
@@ -222,14 +262,30 @@ def wandb_logger(
     if "WANDB_MODE" not in os.environ and not has_wandb_key():
         say("W&B: no API key found, logging offline; `wandb sync` sends the run later.")
         offline = True
+    import wandb
+
     run_dir.mkdir(parents=True, exist_ok=True)
-    return KimgWandbLogger(
-        project=options.project,
-        entity=options.entity,
-        name=options.name or run_dir.name,
-        tags=list(options.tags),
-        save_dir=str(run_dir),
-        id=run_id,
-        resume="allow",
-        mode="offline" if offline else os.environ.get("WANDB_MODE"),
-    )
+    while True:
+        logger = KimgWandbLogger(
+            first_step=MetricsCSV(run_dir).last_step() + 1 if offline else 0,
+            timeout=options.timeout,
+            project=options.project,
+            entity=options.entity,
+            name=options.name or run_dir.name,
+            tags=list(options.tags),
+            save_dir=str(run_dir),
+            id=run_id,
+            resume="allow",
+            mode="offline" if offline else os.environ.get("WANDB_MODE"),
+            settings=wandb.Settings(init_timeout=options.timeout),
+        )
+        try:
+            _ = logger.experiment  # starts it, and with it its identity
+        except wandb.Error as error:
+            if offline:
+                raise
+            reason = str(error).splitlines()[0]
+            say(f"W&B: {reason}; logging offline, `wandb sync` sends the run later.")
+            offline = True
+        else:
+            return logger

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -82,7 +83,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             os.replace(partial, path)
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
-            self.failure = " ".join(str(error).split())[:200]
+            free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+            reason = " ".join(str(error).split())[:120]
+            self.failure = f"{reason}; {free / 2**20:,.0f} MB are free there"
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 
-from cm_lightning.callbacks.step import StepCallback, check_interval, due, log_metrics
+from cm_lightning.callbacks.step import StepCallback, check_interval, due, log_metrics, step_of
 from cm_lightning.evaluation import diagnostics_figure, read_metrics, save_figure
 from cm_lightning.loggers import KimgWandbLogger, say, tolerated
 from cm_lightning.objective import ReferenceMean
@@ -29,8 +29,8 @@ HISTOGRAM_BINS, HISTOGRAM_RANGE = 48, (-6.0, 6.0)
 class DiagnosticsCallback(StepCallback):
     """Log means over windows of ``every_kimg``.
 
-    Keys: ``loss`` and ``distance`` (over all images), ``loss/nonfinite`` (images of the window with a
-    loss that is not finite; they count as 0 in the means), the same per bin of the noise level t
+    Keys: ``loss`` and ``distance`` (over all images), ``loss/nonfinite`` (images of a window with
+    a loss that is not finite; they count as 0 in the means), the same per bin of the noise level t
     (``loss_by_sigma/0.1-0.5``), ``ratio/r_over_t``, ``gradient/norm`` and ``gradient/nonfinite``
     (steps so far with a non-finite gradient), ``schedule/learning_rate``,
     ``schedule/stage``, ``schedule/levels`` (size of the grid), ``schedule/target_rate``,
@@ -84,6 +84,7 @@ class DiagnosticsCallback(StepCallback):
         self.latest: dict[str, float] = {}
         """Values of the last full window."""
         self._sums: Tensor | None = None
+        self._strategy: Any = None
         self._histogram = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64)
         self._notes: dict[str, Tensor] = {}
         self._edges = torch.tensor(self.edges, dtype=torch.float64)
@@ -102,8 +103,11 @@ class DiagnosticsCallback(StepCallback):
         """Start the clock; sums of a resumed window go back to the device."""
         if self._sums is None:
             self._sums = torch.zeros(len(self.bins) + 1, 5, dtype=torch.float64)
-        self._sums = self._sums.to(pl_module.device)
-        self._histogram = self._histogram.to(pl_module.device)
+        self._strategy = trainer.strategy
+        first = float(trainer.is_global_zero)  # it goes on with the sums of all ranks
+        self._sums = self._sums.to(pl_module.device) * first
+        self._histogram = self._histogram.to(pl_module.device) * first
+        self._notes = {n: v.to(pl_module.device) * first for n, v in self._notes.items()}
         self._edges = torch.tensor(self.edges, dtype=torch.float64, device=pl_module.device)
         self._clock, self._counted = time.perf_counter(), pl_module.nimg
 
@@ -146,8 +150,7 @@ class DiagnosticsCallback(StepCallback):
 
     def _log(self, trainer: L.Trainer, pl_module: Any) -> None:
         assert self._sums is not None
-        sums = trainer.strategy.reduce(self._sums.clone(), reduce_op="sum").cpu()
-        histogram = trainer.strategy.reduce(self._histogram.clone(), reduce_op="sum").cpu()
+        sums, histogram, totals = self._totals()
         self._sums.zero_()
         self._histogram.zero_()
         counts, losses, distances, ratios, nonfinite = sums[:-1].T
@@ -166,10 +169,9 @@ class DiagnosticsCallback(StepCallback):
             if count:
                 metrics[f"loss_by_sigma/{name}"] = float(loss / count)
                 metrics[f"distance_by_sigma/{name}"] = float(distance / count)
-        for note, values in self._notes.items():
-            means = trainer.strategy.reduce(values.clone(), reduce_op="sum").cpu()
-            values.zero_()
-            for name, count, value in zip(self.bins, counts, means, strict=True):
+        for note, values in totals.items():
+            self._notes[note].zero_()
+            for name, count, value in zip(self.bins, counts, values, strict=True):
                 if count:
                     metrics[f"{note}/{name}"] = float(value / count)
         metrics |= self._target_variance(trainer, pl_module)
@@ -184,7 +186,21 @@ class DiagnosticsCallback(StepCallback):
         edges = torch.linspace(*HISTOGRAM_RANGE, HISTOGRAM_BINS + 1).tolist()
         for logger in trainer.loggers:
             if isinstance(logger, KimgWandbLogger):
-                logger.log_histogram("loss_histogram", histogram.tolist(), edges, pl_module.nimg)
+                logger.log_histogram(
+                    "loss_histogram", histogram.tolist(), edges, pl_module.nimg, step_of(trainer)
+                )
+
+    def _totals(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Sums, histogram and notes of the window over all ranks, on the CPU."""
+        assert self._sums is not None
+
+        def total(values: Tensor) -> Tensor:
+            if self._strategy is None:
+                return values.cpu()
+            return cast("Tensor", self._strategy.reduce(values.clone(), reduce_op="sum")).cpu()
+
+        notes = {name: total(values) for name, values in sorted(self._notes.items())}
+        return total(self._sums), total(self._histogram), notes
 
     def _tell_spike(self, distance: float, pl_module: Any) -> None:
         if self.spike is None:
@@ -249,13 +265,9 @@ class DiagnosticsCallback(StepCallback):
                 save_figure(figure, path.with_name("diagnostics.png"))
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums of the window under way."""
-        return {
-            "sums": self._sums,
-            "histogram": self._histogram,
-            "notes": self._notes,
-            "recent": self._recent,
-        }
+        """Sums of the window under way over all ranks, which save together."""
+        sums, histogram, notes = self._totals()
+        return {"sums": sums, "histogram": histogram, "notes": notes, "recent": self._recent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the window under way."""

@@ -273,9 +273,10 @@ class FIDCallback(StepCallback):
         return float(metric.compute())
 
     def state_dict(self) -> dict[str, Any]:
-        """Best values so far."""
-        return {"best": {key: list(value) for key, value in self.best.items()}}
+        """Last values, and the best so far."""
+        return {"best": {key: list(value) for key, value in self.best.items()}, "last": self.last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best values."""
+        """Restore them."""
+        self.last = dict(state_dict["last"])
         self.best = {key: (value[0], value[1]) for key, value in state_dict["best"].items()}

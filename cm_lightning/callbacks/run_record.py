@@ -64,8 +64,16 @@ class RunRecordCallback(L.Callback):
         """Write both files, drop log rows after the checkpoint, say what is about to happen.
 
         Raises:
-            InputError: If another process trains in the run directory.
+            InputError: If another process trains in the run directory, or it cannot be written.
         """
+        try:
+            self._begin(trainer, pl_module)
+        except OSError as error:
+            raise InputError(
+                f"--run_dir {trainer.default_root_dir} cannot be written: {error}."
+            ) from error
+
+    def _begin(self, trainer: L.Trainer, pl_module: Any) -> None:
         run_dir = Path(trainer.default_root_dir)
         free = trainer.strategy.broadcast(
             self._lock.take(run_dir) if trainer.is_global_zero else None
@@ -79,7 +87,6 @@ class RunRecordCallback(L.Callback):
         late = None if self.late_logger is None else self.late_logger()
         if late is not None:
             trainer.loggers = [*trainer.loggers, late]
-            _ = late.experiment  # starts it, and with it its identity
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsCSV):

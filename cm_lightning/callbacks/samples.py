@@ -10,7 +10,7 @@ import lightning as L
 import torch
 
 from cm_lightning.callbacks.ema import find_ema
-from cm_lightning.callbacks.step import StepCallback, check_interval, due
+from cm_lightning.callbacks.step import StepCallback, check_interval, due, step_of
 from cm_lightning.evaluation import image_grid, save_png, to_uint8
 from cm_lightning.loggers import KimgWandbLogger, tolerated
 from cm_lightning.sampling import (
@@ -103,4 +103,5 @@ class SamplesCallback(StepCallback):
         self.paths[sampler.name] = path
         for logger in trainer.loggers:
             if isinstance(logger, KimgWandbLogger):
-                logger.log_picture(f"samples/{name}/{sampler.name}", grid, pl_module.nimg)
+                key = f"samples/{name}/{sampler.name}"
+                logger.log_picture(key, grid, pl_module.nimg, step_of(trainer))

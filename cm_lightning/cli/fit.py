@@ -31,7 +31,7 @@ from cm_lightning.cli.errors import Parser, fail, readable_errors
 from cm_lightning.cli.help import fit_help
 from cm_lightning.cli.keys import check_keys
 from cm_lightning.cli.modules import allow_modules
-from cm_lightning.cli.run_dir import RunPlan, plan_run
+from cm_lightning.cli.run_dir import RunPlan, plan_run, run_record
 from cm_lightning.data import ImageDataModule
 from cm_lightning.ema import ConstantEMA
 from cm_lightning.files import is_intact
@@ -238,10 +238,13 @@ def _is_ours(record: Any) -> bool:
 
 
 def fit(cli: FitCLI) -> None:
-    """Train, then write the portable weights of every EMA profile."""
+    """Train, then write the portable weights of every EMA profile.
+
+    A run that was stopped after its last step trains no further and writes what is missing.
+    """
     plan, trainer, module = cli.plan, cli.trainer, cli.model
     checkpoint = prepare_resume(cli)
-    if checkpoint is not None and checkpoint["cm_lightning"]["nimg"] >= module.total_nimg:
+    if checkpoint is not None and is_finished(plan.run_dir, checkpoint, module.total_nimg):
         print(
             f"{plan.run_dir} is complete: {plan.checkpoint} is at "
             f"{checkpoint['cm_lightning']['nimg'] / 1000:g} of {module.total_kimg:g} kimg."
@@ -249,14 +252,39 @@ def fit(cli: FitCLI) -> None:
         return
     try:
         trainer.fit(module, cli.datamodule, ckpt_path=plan.checkpoint, weights_only=True)
+        if trainer.is_global_zero:
+            export(cli)
     except TrainingStopped as error:
         fail(COMMAND, str(error), error.code)
+    except OSError as error:
+        fail(COMMAND, f"{error} (in {plan.run_dir}); afterwards the same command continues.", 1)
     finally:
         for logger in trainer.loggers:
-            if isinstance(logger, KimgWandbLogger):
-                logger.finish()
-    if trainer.is_global_zero:
-        export(cli)
+            if isinstance(logger, KimgWandbLogger) and not logger.finish():
+                leave_at_once()
+
+
+def leave_at_once() -> None:
+    """End the process without waiting for W&B, which waits for its server."""
+    error = sys.exc_info()[1]
+    code = error.code if isinstance(error, SystemExit) else int(error is not None)
+    if error is not None and not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
+def is_finished(run_dir: Path, checkpoint: dict[str, Any], total_nimg: int) -> bool:
+    """Whether a run reached its end and wrote its record and its weights."""
+    nimg = checkpoint["cm_lightning"]["nimg"]
+    names = checkpoint["callbacks"]["EMACallback"]["averages"]
+    record = run_record(run_dir).get("results", {})
+    return (
+        nimg >= total_nimg
+        and record.get("kimg") == nimg / 1000
+        and all((run_dir / "weights" / name / "config.json").is_file() for name in names)
+    )
 
 
 def prepare_resume(cli: FitCLI) -> dict[str, Any] | None:

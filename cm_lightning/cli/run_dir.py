@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 from cm_lightning.callbacks import newest_intact
 from cm_lightning.types import InputError
 
-__all__ = ["RunPlan", "differences", "plan_run"]
+__all__ = ["RunPlan", "differences", "plan_run", "run_record"]
 
 _HARMLESS = {
     "data.num_workers",
@@ -53,6 +54,7 @@ def plan_run(config: Any, text: str) -> RunPlan:
         InputError: If the directory holds another run, or the checkpoint does not exist.
     """
     run_dir = Path(config["run_dir"] or default_run_dir(config))
+    check_places(config["trainer"], run_dir)
     if config["check"]:
         return RunPlan(run_dir, None, text, None)
     resume = config["resume"]
@@ -83,7 +85,49 @@ def plan_run(config: Any, text: str) -> RunPlan:
     checkpoint = newest_intact(run_dir) if resume == "auto" else None
     if resume not in ("auto", "never"):
         checkpoint = Path(resume)
-    return RunPlan(run_dir, checkpoint, text, wandb_id(run_dir))
+    check_writable(run_dir)
+    return RunPlan(run_dir, checkpoint, text, run_record(run_dir).get("wandb_id"))
+
+
+def check_writable(run_dir: Path) -> None:
+    """Check that a run directory could be written, without writing.
+
+    Raises:
+        InputError: If it, or the folder it would be made in, is read-only.
+    """
+    place = run_dir.resolve()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"--run_dir {run_dir} cannot be written: {place} is read-only.")
+
+
+_PLACES = {"dirpath", "filename", "save_dir", "root_dir", "log_dir", "output_filename", "dir"}
+"""Arguments of Lightning's classes that say where they write."""
+
+
+def check_places(trainer: Any, run_dir: Path) -> None:
+    """Check that nothing a config names writes outside the run directory.
+
+    Args:
+        trainer: The config's ``trainer``.
+        run_dir: The run directory.
+
+    Raises:
+        InputError: If a callback, profiler or plugin would, or if Lightning's root is given.
+    """
+    if trainer["default_root_dir"] is not None:
+        raise InputError("trainer.default_root_dir cannot be set: --run_dir is the place of a run.")
+    for key, value in _flatten(json.loads(json.dumps(trainer.as_dict(), default=str))):
+        name = key.split(".")[-1]
+        if name in _PLACES and value is not None:
+            inside = run_dir.resolve()
+            place = (inside / str(value) if "filename" in name else Path(str(value))).resolve()
+            if inside not in (place, *place.parents):
+                raise InputError(
+                    f"trainer.{key.replace('.init_args', '')} is {value}, outside the run "
+                    f"directory: give a path below {run_dir}."
+                )
 
 
 def default_run_dir(config: Any) -> Path:
@@ -136,13 +180,19 @@ def _flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, node
 
 
-def wandb_id(run_dir: Path) -> str | None:
-    """The W&B identity stored in ``run.json``."""
+def run_record(run_dir: Path) -> dict[str, Any]:
+    """What ``run.json`` holds; empty if there is none.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
     path = run_dir / "run.json"
-    if not path.is_file():
-        return None
+    if not path.exists():
+        return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8")).get("wandb_id")
-    except ValueError:
-        return None
-    return None if value is None else str(value)
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("starts"), list):
+        raise InputError(f"{path} is not the record of a run.")
+    return record

@@ -163,6 +163,11 @@ class ConsistencyModule(L.LightningModule):
         for denoiser in self._borrowed.values():
             denoiser.to(self.device)
 
+    def on_train_start(self) -> None:
+        """Train no further where a resumed run was over already."""
+        if self.nimg >= self.total_nimg:
+            self.trainer.should_stop = True
+
     def objective_loss(self, batch: Batch, draw: Draw) -> LossOutput:
         """The objective's loss with this run's networks: what most regimes return."""
         return self.objective(
