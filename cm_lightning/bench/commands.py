@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cm_lightning.bench import distances, posterior, store
+from cm_lightning.bench import distances, posterior, step, store
 from cm_lightning.bench.common import Benchmark, machine
 from cm_lightning.cli.errors import CommandParser, readable_errors
 from cm_lightning.types import InputError
@@ -14,6 +14,7 @@ __all__ = ["BENCHMARKS", "main"]
 COMMAND = "python -m cm_lightning.bench"
 
 BENCHMARKS: list[Benchmark] = [
+    *step.BENCHMARKS,
     *posterior.BENCHMARKS,
     *store.BENCHMARKS,
     *distances.BENCHMARKS,

@@ -125,7 +125,7 @@ def classes(options: argparse.Namespace) -> str:
         A Markdown table: milliseconds as median (smallest-largest).
     """
     device, path = torch.device(options.device), Path(options.folder)
-    make_store(path, options)
+    make_store(path, (options.images, 3, options.resolution, options.resolution), options.classes)
     opened = ImageStore(path)
     assert opened.labels is not None
     rng = np.random.default_rng(0)

@@ -38,7 +38,7 @@ def store(options: argparse.Namespace) -> str:
         A Markdown table: time to open, memory it took, images per second.
     """
     path = Path(options.folder)
-    make_store(path, options)
+    make_store(path, (options.images, 3, options.resolution, options.resolution), options.classes)
     before = _resident()
     start = time.perf_counter()
     opened = ImageStore(path)
@@ -70,17 +70,17 @@ def store(options: argparse.Namespace) -> str:
     return f"Batches of {options.batch} random images.\n\n{table(head, [row])}"
 
 
-def make_store(path: Path, options: argparse.Namespace) -> None:
+def make_store(path: Path, shape: tuple[int, ...], classes: int) -> None:
     """Write a store of random images, unless one of that shape is there.
 
     Args:
         path: Its folder.
-        options: ``images``, ``resolution``, ``classes``.
+        shape: ``(N, C, H, W)``.
+        classes: Number of classes.
 
     Raises:
         InputError: If a store of another shape is there.
     """
-    shape = (options.images, 3, options.resolution, options.resolution)
     if path.is_dir():
         if list(ImageStore(path).info["shape"]) != list(shape):
             raise InputError(f"{path} is a store of another shape: choose another --folder.")
@@ -93,9 +93,9 @@ def make_store(path: Path, options: argparse.Namespace) -> None:
         part = images[start : start + 4096]
         part[:] = np.frombuffer(rng.bytes(part.nbytes), np.uint8).reshape(part.shape)
     del images
-    labels = rng.integers(0, options.classes, options.images)
+    labels = rng.integers(0, classes, shape[0])
     np.save(partial / "labels.npy", labels)
-    info = {"format": 1, "shape": shape, "num_classes": options.classes, "fingerprint": "random"}
+    info = {"format": 1, "shape": shape, "num_classes": classes, "fingerprint": "random"}
     (partial / "store.json").write_text(json.dumps(info), encoding="utf-8")
     partial.rename(path)
 

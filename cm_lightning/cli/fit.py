@@ -23,6 +23,7 @@ from cm_lightning.callbacks import (
     EMACallback,
     FIDCallback,
     KimgProgress,
+    PerformanceCallback,
     RunRecordCallback,
     SamplesCallback,
     checkpoints_of,
@@ -54,6 +55,7 @@ GROUPS: dict[str, type] = {
     "samples": SamplesCallback,
     "diagnostics": DiagnosticsCallback,
     "checkpoints": CheckpointCallback,
+    "performance": PerformanceCallback,
     "wandb": WandbOptions,
 }
 SCALARS = [
@@ -110,6 +112,7 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(SamplesCallback, "samples")
         parser.add_lightning_class_args(DiagnosticsCallback, "diagnostics")
         parser.add_lightning_class_args(CheckpointCallback, "checkpoints")
+        parser.add_lightning_class_args(PerformanceCallback, "performance")
         parser.add_class_arguments(WandbOptions, "wandb")
         samplers = [as_config(sampler) for sampler in DEFAULT_SAMPLERS]
         parser.set_defaults(

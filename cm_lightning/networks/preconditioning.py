@@ -52,6 +52,8 @@ class Precond(Denoiser):
     """
 
     stored_as = "model"
+    channels_last = False
+    """Whether the backbone gets images with the channels of a pixel side by side in memory."""
 
     def __init__(
         self, backbone: nn.Module, sigma_data: float = 0.5, noise_scale: float = 1.0
@@ -121,7 +123,9 @@ class Precond(Denoiser):
         inside = next(self.backbone.parameters(), x).dtype
         noise = c_noise if self.noise_scale == 1 else c_noise * self.noise_scale
         told = () if augment_labels is None else (augment_labels,)
-        raw: Tensor = self.backbone((expand(c_in, x) * x).to(inside), noise, rows, *told)
+        layout = torch.channels_last if self.channels_last else torch.preserve_format
+        scaled = (expand(c_in, x) * x).to(inside, memory_format=layout)
+        raw: Tensor = self.backbone(scaled, noise, rows, *told)
         return expand(c_skip, x) * x + expand(c_out, x) * raw.to(dtype)
 
 

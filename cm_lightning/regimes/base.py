@@ -149,6 +149,12 @@ class ConsistencyModule(L.LightningModule):
             return self._borrowed[role]
         return getattr(self, role) if role in self.averages else self.denoiser
 
+    @property
+    def networks(self) -> list[Denoiser]:
+        """All networks of the run: the denoiser, averaged copies, borrowed ones."""
+        averaged = [getattr(self, name) for name in self.averages]
+        return [self.denoiser, *averaged, *self._borrowed.values()]
+
     def configure_callbacks(self) -> list[L.Callback]:
         """Callbacks that this module cannot be trained without."""
         needed: list[L.Callback] = [GuardCallback(self.gradients)]

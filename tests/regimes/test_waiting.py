@@ -68,7 +68,7 @@ def network(precond=EDMPrecond, classes: int = 10):
 
 
 def edm2():
-    kind = {"model_channels": 64, "channel_mult": [1], "num_blocks": 1, "dropout": 0.2}
+    kind = {"model_channels": 16, "channel_mult": [1], "num_blocks": 1, "dropout": 0.2}
     return EDM2Precond(EDM2UNet(8, 1, 1, label_dim=10, **kind), learn_variance=True)
 
 
