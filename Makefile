@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit test-slow format clean
+.PHONY: help setup demo study-digits test lint types unit test-slow format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -42,11 +42,15 @@ lint: $(READY)  ## style and spelling
 types: $(READY)  ## static types
 	$(BIN)/mypy
 
-unit: $(READY)  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+unit: $(READY)  ## the fast tests, one process per core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(READY)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m "slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist load -m "slow"
+
+study-digits: $(READY)  ## every regime on digits, three seeds, with intervals (under an hour on 2 cores)
+	$(BIN)/cm-study configs/studies/digits8.yaml --jobs 2
+	$(BIN)/cm-compare runs/digits8/*/seed1 --out runs/digits8/comparison
 
 format: $(READY)  ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .

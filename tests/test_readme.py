@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cm_lightning import bench
-from cm_lightning.cli.study import read_study
+from cm_lightning.cli.study_file import read_study
 from cm_lightning.evaluation import save_png
 from tests.data.test_readers import write_idx
 

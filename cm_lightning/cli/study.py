@@ -2,208 +2,135 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from scipy import stats
 
 from cm_lightning.callbacks.run_record import write_text
-from cm_lightning.cli import fit
 from cm_lightning.cli.errors import CommandParser, fail, readable_errors
+from cm_lightning.cli.study_file import Arm, Study, Tuning, read_study
 from cm_lightning.types import InputError
 
-__all__ = ["Arm", "Study", "Tuning", "interval", "main", "option_words", "read_study", "summary"]
+__all__ = ["execute", "interval", "main", "option_words", "summary", "table"]
 
 COMMAND = "cm-study"
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """Search of one option per arm, on seeds of its own.
-
-    Args:
-        key: The option, as ``model.optimizer.init_args.lr``.
-        values: Values to try.
-        seeds: Seeds of the search; none of them may be a seed of the study.
-        metric: Result whose mean over the seeds is minimised.
-    """
-
-    key: str
-    values: list[Any]
-    seeds: list[int]
-    metric: str
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One side of a comparison.
-
-    Args:
-        config: Config file, relative to the study's file.
-        options: Options of ``cm-fit`` on top of it.
-        tuned_as: Take the tuned value of this arm instead of searching.
-    """
-
-    config: Path
-    options: dict[str, Any]
-    tuned_as: str | None = None
-
-
-@dataclass(frozen=True)
-class Study:
-    """A comparison.
-
-    Args:
-        arms: Arms by name.
-        seeds: Seeds of the reported runs.
-        tune: Search per arm, ``None`` for none.
-        compare: Pairs (arm, baseline) whose difference is taken seed by seed.
-    """
-
-    arms: dict[str, Arm]
-    seeds: list[int]
-    tune: Tuning | None
-    compare: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
 class Run:
-    """One training run of a study: where it lives and the options that make it."""
+    """One training run of a study: where it lives, the options that make it and evaluate it."""
 
     name: str
     config: Path
     options: dict[str, Any]
-
-
-def read_study(path: Path) -> Study:
-    """Read a study's file.
-
-    Args:
-        path: YAML with ``config``, ``options`` (both for all arms), ``arms``, ``seeds`` and, as
-            wanted, ``tune`` and ``compare``.
-
-    Raises:
-        InputError: If a key is unknown or missing, or does not fit the others.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as YAML.") from error
-    allowed = {"config", "options", "arms", "seeds", "tune", "compare"}
-    _check_keys(content, allowed, {"arms", "seeds"}, str(path))
-    arms: dict[str, Arm] = {}
-    for name, given in content["arms"].items():
-        given = given or {}
-        _check_keys(given, {"config", "options", "tuned_as"}, set(), f"{path}: arms.{name}")
-        config = given.get("config", content.get("config"))
-        if config is None or not (path.parent / config).is_file():
-            raise InputError(f"{path}: arms.{name} has no config file ({config}).")
-        options = (content.get("options") or {}) | (given.get("options") or {})
-        arms[name] = Arm(path.parent / config, options, given.get("tuned_as"))
-    tune = None
-    if content.get("tune") is not None:
-        names = {field.name for field in fields(Tuning)}
-        _check_keys(content["tune"], names, names, f"{path}: tune")
-        tune = Tuning(**content["tune"])
-    pairs = [(str(a), str(b)) for a, b in content.get("compare") or []]
-    study = Study(arms, list(content["seeds"]), tune, pairs)
-    _check(study, path)
-    return study
-
-
-def _check_keys(given: Any, allowed: set[str], needed: set[str], where: str) -> None:
-    if not isinstance(given, dict):
-        raise InputError(f"{where} must be a mapping of {', '.join(sorted(allowed))}.")
-    for key in given.keys() - allowed:
-        raise InputError(f"{where} knows no '{key}', only {', '.join(sorted(allowed))}.")
-    for key in needed - given.keys():
-        raise InputError(f"{where} lacks '{key}'.")
-
-
-def _check(study: Study, path: Path) -> None:
-    named = [arm for pair in study.compare for arm in pair]
-    named += [arm.tuned_as for arm in study.arms.values() if arm.tuned_as]
-    for name in named:
-        if name not in study.arms:
-            raise InputError(f"{path} names '{name}', but its arms are {', '.join(study.arms)}.")
-    if len(set(study.seeds)) < len(study.seeds) or len(study.seeds) < 2:
-        raise InputError(f"{path}: seeds must be two or more, each once, got {study.seeds}.")
-    if study.tune is not None and set(study.tune.seeds) & set(study.seeds):
-        both = sorted(set(study.tune.seeds) & set(study.seeds))
-        raise InputError(f"{path}: tune.seeds and seeds share {both}: results would be chosen.")
+    evaluate: list[str]
 
 
 class Runner:
-    """Trains what is missing and reads what is there.
+    """Trains and evaluates what is missing and reads what is there, several runs at a time.
 
     Args:
         out: Folder of the study.
         total: Number of runs, for the progress line.
+        jobs: Processes at a time, >= 1; they share the cores.
     """
 
-    def __init__(self, out: Path, total: int) -> None:
-        self.out, self.total = out, total
-        self.number = 0
-        self._seconds: list[float] = []
+    def __init__(self, out: Path, total: int, jobs: int) -> None:
+        self.out, self.total, self.jobs = out, total, jobs
+        self.number = self.trained = 0
+        self._started = time.perf_counter()
+        self._lock = threading.Lock()
 
-    def __call__(self, run: Run) -> dict[str, float]:
-        """Results of a run, trained or continued if need be.
+    def __call__(self, runs: Sequence[Run]) -> list[dict[str, float]]:
+        """Results of runs, trained or continued if need be.
 
         Raises:
-            InputError: If it fails.
+            InputError: If one fails.
         """
-        self.number += 1
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = [pool.submit(self._one, run) for run in runs]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _one(self, run: Run) -> dict[str, float]:
         folder = self.out / run.name
         found = finished(folder)
+        missing = found is None
         if found is None:
-            started = time.perf_counter()
-            self._say(run, "...")
-            self._train(run, folder)
-            self._seconds.append(time.perf_counter() - started)
+            options = {"run_dir": str(folder), "trainer.enable_progress_bar": False} | run.options
+            words = ["--config", str(run.config), *option_words(options, self.out)]
+            self._command(run, ["cm_lightning.cli.fit", *words])
             found = finished(folder)
             if found is None:
                 raise InputError(f"{folder} ended without results; see {folder}.log.")
-        self._say(run, ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
+        if run.evaluate:
+            self._command(run, ["cm_lightning.cli.evaluate", str(folder), *run.evaluate])
+            found |= evaluated(folder)
+        with self._lock:
+            self.number += 1
+            self.trained += missing
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
+            left = ""
+            if self.trained:
+                minutes = (time.perf_counter() - self._started) / self.trained / 60
+                left = f" (about {minutes * (self.total - self.number):.0f} min to go)"
+            print(f"[{self.number}/{self.total}] {run.name}: {shown}{left}", flush=True)
         return found
 
-    def _say(self, run: Run, what: str) -> None:
-        left = ""
-        if self._seconds:
-            minutes = float(np.mean(self._seconds)) * (self.total - self.number) / 60
-            left = f" (about {minutes:.0f} min to go)"
-        print(f"[{self.number}/{self.total}] {run.name}: {what}{left}", flush=True)
-
-    def _train(self, run: Run, folder: Path) -> None:
-        options = {"run_dir": str(folder), "trainer.enable_progress_bar": False} | run.options
-        words = option_words(options)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    def _command(self, run: Run, words: list[str]) -> None:
+        """Run a program of the package; what it prints goes to a file beside the run."""
+        folder = self.out / run.name
         log = folder.with_name(f"{folder.name}.log")
-        argv = sys.argv
-        sys.argv = ["cm-fit", "--config", str(run.config), *words]
-        try:
-            with log.open("a", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
-                fit.main()
-        except SystemExit as error:
-            if error.code not in (0, None):
-                raise InputError(f"The run {run.name} failed with the message above.") from error
-        finally:
-            sys.argv = argv
+        log.parent.mkdir(parents=True, exist_ok=True)
+        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        environment = {"OMP_NUM_THREADS": threads} | os.environ if self.jobs > 1 else os.environ
+        with log.open("a", encoding="utf-8") as stream:
+            done = subprocess.run(  # noqa: S603
+                [sys.executable, "-m", *words],
+                stdout=stream,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=dict(environment),
+                check=False,
+            )
+            stream.write(done.stderr)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise InputError(f"The run {run.name} failed; see {log}. Its last words: {last}")
 
 
-def option_words(options: dict[str, Any]) -> list[str]:
-    """Options as the words of a command line."""
-    return [
-        f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+def option_words(options: dict[str, Any], out: Path) -> list[str]:
+    """Options as the words of a command line; ``{study}`` stands for the study's folder."""
+    texts = {
+        key: value.replace("{study}", str(out)) if isinstance(value, str) else json.dumps(value)
         for key, value in options.items()
-    ]
+    }
+    return [f"--{key}={text}" for key, text in texts.items()]
+
+
+def evaluated(folder: Path) -> dict[str, float]:
+    """Mean Frechet distances of ``cm-eval`` over its seeds, by profile, sampling and guidance."""
+    record = json.loads((folder / "eval" / "eval.json").read_text(encoding="utf-8"))
+    found: dict[str, list[float]] = {}
+    for row in record["results"]:
+        guidance = "" if row["guidance"] == 1 else f", guidance {row['guidance']:g}"
+        key = f"eval/{row['ema']}/{row['sampling']}{guidance}"
+        found.setdefault(key, []).append(row["fd"])
+    return {key: float(np.mean(values)) for key, values in found.items()}
 
 
 def finished(folder: Path) -> dict[str, float] | None:
@@ -230,55 +157,74 @@ def make_run(name: str, arm: Arm, seed: int, tune: Tuning | None, value: Any) ->
     """
     options = arm.options | {"seed_everything": seed}
     if tune is None:
-        return Run(f"{name}/seed{seed}", arm.config, options)
-    return Run(f"{name}/{value}/seed{seed}", arm.config, options | {tune.key: value})
+        return Run(f"{name}/seed{seed}", arm.config, options, arm.evaluate)
+    chosen = options | {tune.key: value}
+    return Run(f"{name}/{value}/seed{seed}", arm.config, chosen, arm.evaluate)
 
 
-def execute(study: Study, out: Path, only: Sequence[str] = ()) -> dict[str, Any]:
+def execute(study: Study, out: Path, only: Sequence[str] = (), jobs: int = 1) -> dict[str, Any]:
     """Run a study.
 
     Args:
         study: The study.
         out: Folder of its runs.
         only: Arms to run, all if empty.
+        jobs: Runs at a time.
 
     Returns:
         Chosen values, mean results of the search, and results by arm, metric and seed.
+
+    Raises:
+        InputError: If a run fails, or an arm is tuned as one that does not run.
     """
     arms = {name: arm for name, arm in study.arms.items() if not only or name in only}
-    searched = {name for name, arm in arms.items() if study.tune and not arm.tuned_as}
-    tries = 0 if study.tune is None else len(study.tune.values) * len(study.tune.seeds)
-    runner = Runner(out, len(searched) * tries + len(arms) * len(study.seeds))
-    chosen: dict[str, Any] = {}
-    search: dict[str, dict[str, float]] = {}
-    results: dict[str, dict[str, list[float]]] = {}
+    tune = study.tune
+    searched = [name for name, arm in arms.items() if tune and not arm.tuned_as]
     for name, arm in arms.items():
-        if study.tune is not None:
-            if name in searched:
-                search[name] = _search(name, arm, study.tune, runner)
-                best = min(search[name], key=search[name].__getitem__)
-                chosen[name] = next(v for v in study.tune.values if str(v) == best)
-            elif arm.tuned_as in chosen:
-                chosen[name] = chosen[arm.tuned_as]
-            else:
-                raise InputError(f"arms.{name} is tuned as {arm.tuned_as}, which did not run yet.")
-        found = [
-            runner(make_run(name, arm, seed, study.tune, chosen.get(name))) for seed in study.seeds
-        ]
-        results[name] = {key: [result[key] for result in found] for key in found[0]}
+        if tune is not None and arm.tuned_as and arm.tuned_as not in searched:
+            raise InputError(f"arms.{name} is tuned as {arm.tuned_as}, which is not searched.")
+    tries = 0 if tune is None else len(tune.values) * len(tune.seeds)
+    total = len(study.first) + len(searched) * tries + len(arms) * len(study.seeds)
+    runner = Runner(out, total, jobs)
+    runner([Run(name, arm.config, arm.options, arm.evaluate) for name, arm in study.first.items()])
+    search = {} if tune is None else _search({name: arms[name] for name in searched}, tune, runner)
+    chosen: dict[str, Any] = {}
+    for name, arm in arms.items():
+        if tune is not None:
+            means = search[arm.tuned_as or name]
+            best = min(means, key=means.__getitem__)
+            chosen[name] = next(value for value in tune.values if str(value) == best)
+    runs = [
+        make_run(name, arm, seed, tune, chosen.get(name))
+        for name, arm in arms.items()
+        for seed in study.seeds
+    ]
+    found = iter(runner(runs))
+    results: dict[str, dict[str, list[float]]] = {}
+    for name in arms:
+        rows = [next(found) for _ in study.seeds]
+        results[name] = {key: [row[key] for row in rows] for key in rows[0]}
     return {"seeds": study.seeds, "chosen": chosen, "search": search, "results": results}
 
 
-def _search(name: str, arm: Arm, tune: Tuning, runner: Runner) -> dict[str, float]:
-    means = {}
-    for value in tune.values:
-        found = [runner(make_run(name, arm, seed, tune, value)) for seed in tune.seeds]
-        for result in found:
-            if tune.metric not in result:
+def _search(arms: dict[str, Arm], tune: Tuning, runner: Runner) -> dict[str, dict[str, float]]:
+    """Mean result of every arm and value over the seeds of the search."""
+    keys = [(name, value) for name in arms for value in tune.values]
+    runs = [
+        replace(make_run(name, arms[name], seed, tune, value), evaluate=[])
+        for name, value in keys
+        for seed in tune.seeds
+    ]
+    found = iter(runner(runs))
+    means: dict[str, dict[str, float]] = {name: {} for name in arms}
+    for name, value in keys:
+        rows = [next(found) for _ in tune.seeds]
+        for row in rows:
+            if tune.metric not in row:
                 raise InputError(
-                    f"tune.metric is '{tune.metric}', but a run gives {', '.join(result)}."
+                    f"tune.metric is '{tune.metric}', but a run gives {', '.join(row)}."
                 )
-        means[str(value)] = float(np.mean([result[tune.metric] for result in found]))
+        means[name][str(value)] = float(np.mean([row[tune.metric] for row in rows]))
     return means
 
 
@@ -301,13 +247,15 @@ def summary(study: Study, outcome: dict[str, Any]) -> str:
         outcome: What :func:`execute` returned.
     """
     results: dict[str, dict[str, list[float]]] = outcome["results"]
-    metrics = list(next(iter(results.values())))
+    metrics = list(dict.fromkeys(key for found in results.values() for key in found))
     tuned = [] if study.tune is None else [study.tune.key]
     head = ["arm", *tuned, *metrics]
     rows = []
     for name, found in results.items():
         cells = [f"{outcome['chosen'][name]}"] if tuned else []
-        cells += ["{:.3f} ± {:.3f}".format(*interval(found[metric])) for metric in metrics]
+        for metric in metrics:
+            known = metric in found
+            cells.append("{:.3f} ± {:.3f}".format(*interval(found[metric])) if known else "")
         rows.append([name, *cells])
     text = [
         f"Mean ± 95 % interval (Student's t) over seeds {', '.join(map(str, study.seeds))}.",
@@ -318,6 +266,9 @@ def summary(study: Study, outcome: dict[str, Any]) -> str:
         if arm in results and base in results:
             cells = []
             for metric in metrics:
+                if metric not in results[arm] or metric not in results[base]:
+                    cells.append("")
+                    continue
                 a, b = np.array(results[arm][metric]), np.array(results[base][metric])
                 mean, width = interval(a - b)
                 cells.append(f"{mean:+.3f} ± {width:.3f} ({100 * mean / b.mean():+.1f} %)")
@@ -353,6 +304,7 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_argument("study", help="YAML file, as in configs/studies")
     parser.add_argument("--out", help="folder of the runs [runs/<name of the file>]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
     parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="arms to run [all]")
     options = parser.parse_args(args)
     with readable_errors(COMMAND):
@@ -362,7 +314,9 @@ def main(args: list[str] | None = None) -> None:
             if name not in study.arms:
                 fail(COMMAND, f"--only {name}: the arms are {', '.join(study.arms)}.")
         out = Path(options.out or Path("runs") / path.stem)
-        outcome = execute(study, out, options.only)
+        if options.jobs < 1:
+            fail(COMMAND, f"--jobs must be 1 or more, got {options.jobs}.")
+        outcome = execute(study, out, options.only, options.jobs)
         write_text(out / "study.json", json.dumps(outcome, indent=2) + "\n")
         text = summary(study, outcome)
         write_text(out / "study.md", text)

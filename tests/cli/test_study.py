@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
-from cm_lightning.cli.study import Arm, Study, interval, option_words, read_study, summary
+from cm_lightning.cli.study import interval, option_words, summary
+from cm_lightning.cli.study_file import Arm, Study, read_study
 from tests.cli.conftest import DIGITS, ROOT, TINY
 
 METRIC = "fd_digits66/ema_0.9/nfe1"
@@ -46,7 +47,7 @@ def study(tmp_path):
 
     def write(**changes):
         path = tmp_path / "study.yaml"
-        path.write_text(yaml.safe_dump({**base, **changes}))
+        path.write_text(yaml.safe_dump({**base, **changes}, sort_keys=False))
         return path
 
     return write
@@ -54,7 +55,7 @@ def study(tmp_path):
 
 def test_a_study_trains_tunes_continues_and_tabulates(study, program, tmp_path):
     out = tmp_path / "out"
-    done = program("cm-study", study(), "--out", out)
+    done = program("cm-study", study(), "--out", out, "--jobs", 2)
     assert done.code == 0, done.err
     outcome = json.loads((out / "study.json").read_text())
     lr = outcome["chosen"]["ect"]
@@ -85,8 +86,10 @@ def test_a_study_trains_tunes_continues_and_tabulates(study, program, tmp_path):
     again = program("cm-study", tmp_path / "study.yaml", "--out", out)
     assert json.loads((out / "study.json").read_text()) == outcome
     assert (out / "ect" / str(lr) / "seed1/run.json").stat().st_mtime_ns == kept
-    assert again.out.count("...") == 1
+    assert again.out.count("min to go") == 1
     assert f"[6/6] huber/{lr}/seed2" in again.out
+    last = (out / "huber" / str(lr) / "seed2.log").read_text()
+    assert last.count("Finished at") == 2
 
 
 def test_tables_of_known_numbers(tmp_path):
@@ -114,6 +117,8 @@ def test_interval_is_students():
         ({"arms": {"a": {"colour": {}}}}, "knows no 'colour'"),
         ({"arms": {"a": {"config": "none.yaml"}}}, "arms.a has no config file (none.yaml)"),
         ({"tune": {"key": "x"}}, "tune lacks"),
+        ({"arms": {"a": {"of": "b"}, "b": {}}}, "arms.a is of 'b', which is no arm before it"),
+        ({"arms": {"a": {}, "b": {"of": "a", "share": 0}}}, "share must be positive, got 0"),
     ],
 )
 def test_mistakes_in_the_file(study, program, tmp_path, changes, message):
@@ -129,14 +134,42 @@ def test_a_failing_run_stops_the_study_with_its_message(study, program, tmp_path
     assert done.code == 2
     assert "total_kimg" in done.err
     assert "ect/0.001/seed7 failed" in done.err
-    assert "The arms" not in program("cm-study", path, "--only", "none").out
+    assert "the arms are ect, huber" in program("cm-study", path, "--only", "none").err
+    assert "--jobs must be 1 or more" in program("cm-study", path, "--jobs", 0).err
+
+
+def test_first_runs_shares_and_evaluations(study, program, tmp_path):
+    """A teacher first; an arm of another with a share of its lengths; scores by cm-eval."""
+    out = tmp_path / "out"
+    short = {"model.total_kimg": 0.064, "fid.every_kimg": None}
+    arms = {
+        "tuned": {"options": {"model.init.path": "{study}/start"}, "evaluate": EVALUATE},
+        "longer": {"of": "tuned", "share": 2, "evaluate": EVALUATE},
+    }
+    changes = {"first": {"start": {"options": short}}, "lengths": ["model.total_kimg"]}
+    path = study(arms=arms, tune=None, compare=[["longer", "tuned"]], **changes)
+    done = program("cm-study", path, "--out", out, "--jobs", 2)
+    assert done.code == 0, done.err
+    record = json.loads((out / "longer/seed1/run.json").read_text())
+    assert record["results"]["kimg"] == 0.128
+    assert record["origins"]["init"]["path"] == str(out / "start")
+    found = json.loads((out / "study.json").read_text())["results"]["tuned"]
+    scores = json.loads((out / "tuned/seed1/eval/eval.json").read_text())["results"]
+    (key,) = [key for key in found if key.startswith("eval/")]
+    assert key == "eval/ema_0.9/sigmas 80 2 0.5"
+    assert found[key][0] == np.mean([row["fd"] for row in scores])
+    assert f"| {key} |" in (out / "study.md").read_text()
+
+
+EVALUATE = ["--n", "66", "--seeds", "0", "1", "--sigmas", "80", "2", "0.5"]
 
 
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_options_of_published_studies_are_known(path, program):
-    for name, arm in read_study(path).arms.items():
-        words = option_words(arm.options)
+    study = read_study(path)
+    for name, arm in (study.first | study.arms).items():
+        words = option_words(arm.options, Path("runs"))
         done = program("cm-fit", "--config", arm.config, *words, "--print_config")
         assert done.code == 0, (name, done.err)
