@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cm_lightning.bench import distances, posterior, step, store
+from cm_lightning.bench import distances, parts, posterior, step, store
 from cm_lightning.bench.common import Benchmark, machine
 from cm_lightning.cli.errors import CommandParser, readable_errors
 from cm_lightning.types import InputError
@@ -18,6 +18,7 @@ BENCHMARKS: list[Benchmark] = [
     *posterior.BENCHMARKS,
     *store.BENCHMARKS,
     *distances.BENCHMARKS,
+    *parts.BENCHMARKS,
 ]
 
 

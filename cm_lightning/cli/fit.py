@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 
@@ -259,12 +260,38 @@ def fit(cli: FitCLI) -> None:
             export(cli)
     except TrainingStopped as error:
         fail(COMMAND, str(error), error.code)
+    except torch.OutOfMemoryError as error:
+        fail(COMMAND, out_of_memory(cli, error), 1)
     except OSError as error:
         fail(COMMAND, f"{error} (in {plan.run_dir}); afterwards the same command continues.", 1)
     finally:
         for logger in trainer.loggers:
             if isinstance(logger, KimgWandbLogger) and not logger.finish():
                 leave_at_once()
+
+
+def out_of_memory(cli: FitCLI, error: Exception) -> str:
+    """What to change when a device's memory is too small, by what the run has not done yet.
+
+    Args:
+        cli: The run.
+        error: What torch says.
+    """
+    plan = cli.datamodule.plan(cli.trainer.world_size)
+    advice = []
+    if plan.micro_batch > 1:
+        fitting = max(m for m in range(1, plan.micro_batch) if plan.micro_batch % m == 0)
+        advice.append(f"--data.micro_batch {fitting} (the same results by accumulation)")
+    if cli.trainer.precision == "32-true":
+        advice.append("--trainer.precision bf16-mixed")
+    if not cli.config["performance"]["checkpointing"]:
+        advice.append("--performance.checkpointing true (about a quarter slower)")
+    if cli.datamodule.resident:
+        advice.append("--data.resident false")
+    return (
+        f"The device's memory is too small for micro-batches of {plan.micro_batch} images: try "
+        f"{', '.join(advice) or 'a smaller network'}. torch says: {one_line(error)[:200]}"
+    )
 
 
 def leave_at_once() -> None:

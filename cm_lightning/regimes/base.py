@@ -249,6 +249,8 @@ class ConsistencyModule(L.LightningModule):
         optimizer = self.optimizer([p for p in self.denoiser.parameters() if p.requires_grad])
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
+            if isinstance(optimizer, torch.optim.Adam) and group["foreach"] is None:
+                group["fused"] = group["fused"] is not False  # one pass over the weights
         return optimizer
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:

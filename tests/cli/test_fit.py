@@ -9,6 +9,8 @@ import pytest
 import torch
 import yaml
 
+from cm_lightning.regimes import ECT
+
 PROFILES = ["ema_0.9", "ema_halflife0.3k", "ema_std0.100"]
 
 
@@ -207,3 +209,35 @@ def test_an_evaluation_stops_when_its_time_is_over(fit, tmp_path):
     refused = fit(tmp_path / "other", "--fid.max_minutes", "0")
     assert refused.code == 2
     assert "fid.max_minutes must be positive or null, got 0" in refused.err
+
+
+def test_out_of_memory_says_what_to_change(fit, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(ECT, "loss", full)
+    done = fit(tmp_path / "run")
+    assert done.code == 1
+    assert "Traceback" not in done.err
+    for words in (
+        "micro-batches of 32 images",
+        "--data.micro_batch 16",
+        "--trainer.precision bf16-mixed",
+        "--performance.checkpointing true",
+        "Tried to allocate 2.00 GiB",
+    ):
+        assert words in done.err
+    done = fit(tmp_path / "other", "--data.micro_batch", 1, "--performance.checkpointing", "true")
+    assert "checkpointing" not in done.err
+    assert "--data.micro_batch" not in done.err
+
+
+def test_the_start_says_what_memory_it_takes(fit, tmp_path):
+    out = {}
+    for on in ("false", "true"):
+        done = fit(tmp_path / on, "--performance.checkpointing", on, "--model.total_kimg", 0.064)
+        assert done.code == 0
+        (line,) = [line for line in done.out.splitlines() if "  memory    about" in line]
+        out[on] = line
+        assert "activations of 32 images" in line
+    assert out["true"] != out["false"]
