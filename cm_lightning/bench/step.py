@@ -30,6 +30,7 @@ from cm_lightning.bench.common import (
 from cm_lightning.bench.published import PublishedStep
 from cm_lightning.bench.store import make_store
 from cm_lightning.callbacks import DiagnosticsCallback, EMACallback, PerformanceCallback
+from cm_lightning.cli.fit import quiet
 from cm_lightning.cli.study import table
 from cm_lightning.data import ImageDataModule, Store
 from cm_lightning.networks import ConsistencyPrecond, Precond
@@ -187,6 +188,7 @@ def step(options: argparse.Namespace) -> str:
     device = torch.device(options.device)
     kinds = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     rows = []
+    quiet()
     with tempfile.TemporaryDirectory() as place:
         torch.manual_seed(options.seed)
         network = build_network(options.network)
