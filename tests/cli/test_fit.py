@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from cm_lightning.regimes import ECT
 
@@ -241,3 +242,39 @@ def test_the_start_says_what_memory_it_takes(fit, tmp_path):
         out[on] = line
         assert "activations of 32 images" in line
     assert out["true"] != out["false"]
+
+
+def test_a_compiled_run_resumes_samples_and_exports_as_any_other(
+    fit, program, tmp_path, monkeypatch
+):
+    real, compiled = torch.nn.Module.compile, []
+
+    def compile_graphs(module):
+        compiled.append(module)
+        real(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_graphs)
+    speed = ("--performance.compile", "true", "--performance.checkpointing", "true")
+    assert fit(tmp_path / "a").code == 0
+    assert not compiled
+    assert fit(tmp_path / "b", *speed).code == 0
+    assert len(compiled) == 1
+    newest = tmp_path / "b" / "checkpoints" / "nimg000000000640.ckpt"
+    first = load(newest)
+    newest.unlink()
+    assert fit(tmp_path / "b", *speed).code == 0  # resumes at half
+    again, plain = load(newest), load(tmp_path / "a" / "checkpoints" / newest.name)
+    assert list(first["state_dict"]) == list(plain["state_dict"])
+    for name, value in first["state_dict"].items():
+        assert torch.equal(again["state_dict"][name], value), name
+        torch.testing.assert_close(value, plain["state_dict"][name], rtol=1e-3, atol=1e-5)
+    newest.unlink()
+    assert fit(tmp_path / "b").code == 0  # speed is no part of what a run is
+    for profile in PROFILES:
+        names = [
+            sorted(load_file(tmp_path / run / "weights" / profile / "model.safetensors"))
+            for run in "ab"
+        ]
+        assert names[0] == names[1]
+    done = program("cm-sample", tmp_path / "b", "--n", 4, "--sigmas", 80, "--out", tmp_path / "s")
+    assert done.code == 0
