@@ -20,8 +20,8 @@ class PerformanceCallback(L.Callback):
     Args:
         compile: Compile the backbones of all networks (minutes at the start of a run); ``None``:
             on a GPU with a compiler.
-        channels_last: Let convolutions of colour images keep the channels of a pixel together;
-            ``None``: on a GPU.
+        channels_last: Let convolutions keep the channels of a pixel together; ``None``: on a
+            GPU.
         tf32: Allow products of fp32 numbers with 10 bits of mantissa on a GPU, in convolutions
             too. The published recipes do not.
         checkpointing: Compute the activations of residual blocks a second time in the backward

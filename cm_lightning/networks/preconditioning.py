@@ -123,8 +123,9 @@ class Precond(Denoiser):
         inside = next(self.backbone.parameters(), x).dtype
         noise = c_noise if self.noise_scale == 1 else c_noise * self.noise_scale
         told = () if augment_labels is None else (augment_labels,)
-        layout = torch.channels_last if self.channels_last else torch.preserve_format
-        scaled = (expand(c_in, x) * x).to(inside, memory_format=layout)
+        scaled = (expand(c_in, x) * x).to(inside)
+        if self.channels_last:  # a clone, as images of one channel count as laid out either way
+            scaled = scaled.clone(memory_format=torch.channels_last)
         raw: Tensor = self.backbone(scaled, noise, rows, *told)
         return expand(c_skip, x) * x + expand(c_out, x) * raw.to(dtype)
 

@@ -11,7 +11,7 @@ from cm_lightning.callbacks import EMACallback, PerformanceCallback, performance
 from cm_lightning.data import Digits, ImageDataModule
 from cm_lightning.ema import ConstantEMA
 from cm_lightning.networks import ADMUNet, EDM2Precond, EDM2UNet, EDMPrecond, SongUNet
-from cm_lightning.networks.layers import Recomputable
+from cm_lightning.networks.layers import Conv, Recomputable
 from cm_lightning.objective import ECTMapping
 from cm_lightning.regimes import ECT, SCT
 from cm_lightning.types import InputError
@@ -113,6 +113,21 @@ def test_compiled_code_takes_the_same_twenty_steps(plain, precision):
 def test_recomputing_is_exact_in_other_networks(kind):
     a, b = run(kind, SCT), run(kind, SCT, checkpointing=True)
     check(a, b, 1e-5, 1e-4)
+
+
+def test_every_convolution_gets_channels_last():
+    denoiser, seen = network(), []
+    denoiser.channels_last = True
+    for module in denoiser.modules():
+        if isinstance(module, Conv):
+            module.register_forward_hook(lambda m, i, out: seen.append(out))
+    denoiser(torch.randn(4, 1, 8, 8), torch.ones(4), torch.zeros(4, dtype=torch.long))
+    assert len(seen) > 5
+    # what attention gives back is laid out by pixels of a channel, and only its projection sees it
+    wide = [out for out in seen if out.shape[1] > 1]
+    laid = [out.is_contiguous(memory_format=torch.channels_last) for out in wide]
+    assert sum(laid) >= 0.7 * len(laid)
+    assert laid[:3] == [True] * 3
 
 
 def test_checkpointing_keeps_fewer_activations():
