@@ -194,10 +194,10 @@ def main(args: list[str] | None = None) -> None:
             allow_modules(argv)
             check_keys(argv, GROUPS, SCALARS)
         cli = FitCLI(args)
-        if cli.config["check"]:
-            check(cli)
-        else:
-            fit(cli)
+        try:
+            (check if cli.config["check"] else fit)(cli)
+        except torch.OutOfMemoryError as error:
+            fail(COMMAND, out_of_memory(cli, error), 1)
 
 
 def quiet() -> None:
@@ -260,8 +260,6 @@ def fit(cli: FitCLI) -> None:
             export(cli)
     except TrainingStopped as error:
         fail(COMMAND, str(error), error.code)
-    except torch.OutOfMemoryError as error:
-        fail(COMMAND, out_of_memory(cli, error), 1)
     except OSError as error:
         fail(COMMAND, f"{error} (in {plan.run_dir}); afterwards the same command continues.", 1)
     finally:

@@ -228,6 +228,7 @@ def test_out_of_memory_says_what_to_change(fit, tmp_path, monkeypatch):
         "Tried to allocate 2.00 GiB",
     ):
         assert words in done.err
+    assert fit(tmp_path / "run", "--check").code == 1
     done = fit(tmp_path / "other", "--data.micro_batch", 1, "--performance.checkpointing", "true")
     assert "checkpointing" not in done.err
     assert "--data.micro_batch" not in done.err
