@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study-digits test lint types unit test-slow format clean
+.PHONY: help setup demo study-digits test lint types unit test-slow bench bench-gpu format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -48,9 +48,21 @@ unit: $(READY)  ## the fast tests, one process per core
 test-slow: $(READY)  ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist load -m "slow"
 
-study-digits: $(READY)  ## every regime on digits, three seeds, with intervals (under an hour on 2 cores)
+study-digits: $(READY)  ## every regime on digits, three seeds, with intervals
 	$(BIN)/cm-study configs/studies/digits8.yaml --jobs 2
 	$(BIN)/cm-compare runs/digits8/*/seed1 --out runs/digits8/comparison
+
+bench: $(READY)  ## the benchmarks, short (a few minutes on 2 cores)
+	@for what in "step --repeats 10" "references --repeats 10" "ema" "loader --images 10000" \
+	  "sampling --repeats 3" "fid --images 500" "frechet --dims 512 --images 2000" "startup --repeats 1"; do \
+	  echo "== $$what"; $(BIN)/python -m cm_lightning.bench $$what || exit 1; echo; \
+	done
+
+bench-gpu: $(READY)  ## the training step on a GPU: DDPM++ at 32x32, batches 128 and 512
+	@for batch in 128 512; do \
+	  $(BIN)/python -m cm_lightning.bench step --network ddpmpp --batch $$batch --images 50000 \
+	    --regimes ect sct --precisions 32-true bf16-mixed --compile no yes --device cuda || exit 1; \
+	done
 
 format: $(READY)  ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .

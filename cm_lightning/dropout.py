@@ -57,7 +57,7 @@ class Dropout(nn.Module):
         if self.key is None:
             return functional.dropout(x, self.p)
         keep = kept(self.key, x.shape, self.p, x.device)
-        return torch.where(keep, x * (1 / (1 - self.p)), 0)
+        return x * keep * (1 / (1 - self.p))
 
 
 class LabelDropout(Dropout):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cm_lightning import bench
+from cm_lightning.bench import common, parts, step
 from cm_lightning.data import Resize, write_store
 from cm_lightning.evaluation.digits import digit_images
+from cm_lightning.networks import EDMPrecond, SongUNet
 from cm_lightning.objective import ReferenceMean
 
 
@@ -83,6 +86,86 @@ def test_bias_falls_with_the_number_of_images(capsys, tmp_path):
     with pytest.raises(SystemExit):
         bench.main([*words, "--reference", "1000"])
     assert "holds 1,797 images" in capsys.readouterr().err
+
+
+def rows(out: str) -> list[list[str]]:
+    """Cells of the table's body."""
+    return [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")][2:]
+
+
+def test_step(capsys):
+    words = ["step", "--batch", "4", "--repeats", "2", "--images", "16", "--checkpointing"]
+    bench.main([*words, "--regimes", "ect", "sct", "ict", "gc", "ct", "diffusion"])
+    out = capsys.readouterr().out
+    found = rows(out)
+    assert [row[0] for row in found] == ["ect", "sct", "ict", "gc", "ct", "diffusion"]
+    assert "748,737 parameters" in out
+    for row in found:
+        assert 0.05 < float(row[5]) < 20
+    bench.main([*words, "--regimes", "ect", "--precisions", "bf16-mixed"])
+    assert rows(capsys.readouterr().out)[0][:3] == ["ect", "bf16-mixed", "no"]
+
+
+def test_steps_take_turns_and_the_other_side_is_not_ours():
+    calls = []
+    turns = step._Turns(lambda: calls.append(1) or time.sleep(0.2), warmup=1)
+    module = SimpleNamespace(device=torch.device("cpu"))
+    turns.on_train_start(None, module)
+    for batch in range(3):
+        time.sleep(0.01)
+        turns.on_train_batch_end(None, module, None, None, batch)
+    assert len(calls) == 3
+    assert len(turns.ours) == len(turns.theirs) == 2
+    assert min(turns.theirs) >= 0.2 > max(turns.ours)
+    assert min(turns.ours) >= 0.01
+
+
+def test_operations_of_a_network_by_hand():
+    network = EDMPrecond(
+        SongUNet(
+            8,
+            1,
+            1,
+            model_channels=16,
+            channel_mult=[1],
+            num_blocks=1,
+            attn_resolutions=[],
+            dropout=0.0,
+        )
+    )
+    with torch.no_grad():
+        layers = [m for m in network.modules() if getattr(m, "weight", None) is not None]
+    pixels, total = 64, 0
+    for module in layers:
+        if module.weight.ndim == 4:  # every convolution sees all pixels: there is one level
+            total += 2 * module.weight.numel() * pixels
+        elif module.weight.ndim == 2:
+            total += 2 * module.weight.numel()
+    attention = 2 * 2 * pixels * pixels * 16  # q k and w v of the one attention block
+    assert common.forward_flops(network) == pytest.approx(total + attention, rel=1e-6)
+
+
+def test_parts(capsys):
+    bench.main(["ema", "--repeats", "1"])
+    assert [row[0][:4] for row in rows(capsys.readouterr().out)] == ["loop", "ours", "ours"]
+    bench.main(["loader", "--images", "64", "--batch", "8", "--repeats", "1", "--workers", "1"])
+    found = rows(capsys.readouterr().out)
+    assert [row[0] for row in found] == ["loader", "resident", "1 workers"]
+    bench.main(["sampling", "--batch", "2", "--repeats", "1"])
+    assert [row[0] for row in rows(capsys.readouterr().out)] == ["1", "1", "2", "2", "4", "4"]
+    bench.main(["fid", "--images", "70", "--batch", "40"])
+    out = capsys.readouterr().out
+    assert [row[0] for row in rows(out)] == ["generation", "features", "sums", "distance"]
+    assert 0 < float(re.findall(r"distance ([\d.]+)", out)[0]) < 1000
+
+
+def test_startup(capsys, monkeypatch):
+    ran = []
+    monkeypatch.setattr(parts, "_run", ran.append)
+    bench.main(["startup", "--repeats", "1"])
+    assert len(rows(capsys.readouterr().out)) == 3
+    assert "--help" in ran[1]
+    assert "--check" in ran[2]
 
 
 def test_mistakes(capsys):

@@ -28,6 +28,9 @@ TINY = {
     "store": [*STORE, "--batches", "2"],
     "classes": [*STORE, "--sizes", "2", "--repeats", "1"],
     "frechet": ["--dims", "8", "--images", "20", "--repeats", "1"],
+    "step": ["--network", "small", "--batch", "2", "--repeats", "1", "--images", "8"],
+    "ema": ["--network", "small", "--repeats", "1"],
+    "loader": ["--images", "32", "--batch", "4", "--repeats", "1", "--workers", "1"],
     "bias": ["--features", "DigitsFeatures", "--sizes", "3", "--reference", "6"],
 }
 """Benchmarks of seconds."""

@@ -5,6 +5,7 @@ from cm_lightning.callbacks.diagnostics import DiagnosticsCallback
 from cm_lightning.callbacks.ema import EMACallback, find_ema
 from cm_lightning.callbacks.fid import FIDCallback
 from cm_lightning.callbacks.guard import GuardCallback
+from cm_lightning.callbacks.performance import PerformanceCallback
 from cm_lightning.callbacks.progress import KimgProgress
 from cm_lightning.callbacks.run_record import RunRecordCallback
 from cm_lightning.callbacks.samples import SamplesCallback
@@ -19,6 +20,7 @@ __all__ = [
     "FIDCallback",
     "GuardCallback",
     "KimgProgress",
+    "PerformanceCallback",
     "RunRecordCallback",
     "SamplesCallback",
     "StepCallback",

@@ -19,6 +19,7 @@ import torch
 
 from cm_lightning.callbacks.checkpoints import checkpoints_of
 from cm_lightning.callbacks.fid import FIDCallback
+from cm_lightning.callbacks.memory import estimate_memory
 from cm_lightning.callbacks.samples import SamplesCallback
 from cm_lightning.loggers import KimgWandbLogger, MetricsCSV
 from cm_lightning.types import InputError
@@ -242,6 +243,9 @@ def start_summary(trainer: L.Trainer, pl_module: Any, resumed_from: str | None) 
         f"  device    {device_name(pl_module.device)}; {split}; precision {trainer.precision}",
         f"  run       {trainer.default_root_dir}",
     ]
+    memory = estimate_memory(trainer, pl_module)
+    if memory is not None:
+        lines.insert(-1, f"  memory    {memory}")
     for role, origin in pl_module.origins.items():
         left = origin.get("left_out")
         note = f"; left out, as the network has no such layer: {', '.join(left)}" if left else ""

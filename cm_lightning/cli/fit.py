@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 
@@ -25,6 +26,7 @@ from cm_lightning.callbacks import (
     EMACallback,
     FIDCallback,
     KimgProgress,
+    PerformanceCallback,
     RunRecordCallback,
     SamplesCallback,
     checkpoints_of,
@@ -57,6 +59,7 @@ GROUPS: dict[str, type] = {
     "samples": SamplesCallback,
     "diagnostics": DiagnosticsCallback,
     "checkpoints": CheckpointCallback,
+    "performance": PerformanceCallback,
     "wandb": WandbOptions,
 }
 SCALARS: dict[str, Any] = {
@@ -121,6 +124,7 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(SamplesCallback, "samples")
         parser.add_lightning_class_args(DiagnosticsCallback, "diagnostics")
         parser.add_lightning_class_args(CheckpointCallback, "checkpoints")
+        parser.add_lightning_class_args(PerformanceCallback, "performance")
         parser.add_class_arguments(WandbOptions, "wandb")
         samplers = [as_config(sampler) for sampler in DEFAULT_SAMPLERS]
         parser.set_defaults(
@@ -213,10 +217,10 @@ def main(args: list[str] | None = None) -> None:
             allow_modules(argv)
             check_keys(argv, GROUPS, SCALARS)
         cli = FitCLI(args)
-        if cli.config["check"]:
-            check(cli)
-        else:
-            fit(cli)
+        try:
+            (check if cli.config["check"] else fit)(cli)
+        except torch.OutOfMemoryError as error:
+            fail(COMMAND, out_of_memory(cli, error), 1)
 
 
 def quiet() -> None:
@@ -287,6 +291,30 @@ def fit(cli: FitCLI) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, KimgWandbLogger) and not logger.finish():
                 leave_at_once()
+
+
+def out_of_memory(cli: FitCLI, error: Exception) -> str:
+    """What to change when a device's memory is too small, by what the run has not done yet.
+
+    Args:
+        cli: The run.
+        error: What torch says.
+    """
+    plan = cli.datamodule.plan(cli.trainer.world_size)
+    advice = []
+    if plan.micro_batch > 1:
+        fitting = max(m for m in range(1, plan.micro_batch) if plan.micro_batch % m == 0)
+        advice.append(f"--data.micro_batch {fitting} (the same results by accumulation)")
+    if cli.trainer.precision == "32-true":
+        advice.append("--trainer.precision bf16-mixed")
+    if not cli.config["performance"]["checkpointing"]:
+        advice.append("--performance.checkpointing true (about a quarter slower)")
+    if cli.datamodule.resident:
+        advice.append("--data.resident false")
+    return (
+        f"The device's memory is too small for micro-batches of {plan.micro_batch} images: try "
+        f"{', '.join(advice) or 'a smaller network'}. torch says: {one_line(error)[:200]}"
+    )
 
 
 def leave_at_once() -> None:

@@ -51,6 +51,7 @@ evaluation and records (intervals in thousands of images; null: only at the end,
 
 machine
   --trainer.accelerator cpu|gpu, --trainer.devices N, --trainer.precision bf16-mixed, ...
+  --performance.compile BOOL, checkpointing BOOL (less memory), tf32 BOOL, channels_last BOOL
 
 All keys:             cm-fit --help_all
 Keys of one class:    cm-fit --model.help ECT      cm-fit --data.source.help IDX

@@ -220,8 +220,8 @@ def _arguments(cls: type) -> dict[str, tuple[Any, type | None]] | None:
 
 def _resolve(name: str) -> type | None:
     """Class of a dotted path or of a short name known to the package."""
-    if "/" in name or name.endswith((".yaml", ".yml", ".json")):
-        return None  # a file with the config of a part
+    if name.endswith((".yaml", ".yml", ".json")) or not re.fullmatch(r"\w+(\.\w+)*", name):
+        return None  # a file with the config of a part, or the part itself as text
     if "." in name:
         check_module(name)
         module, _, attribute = name.rpartition(".")

@@ -18,8 +18,14 @@ from cm_lightning.types import InputError
 
 __all__ = ["RunPlan", "differences", "plan_run", "run_record"]
 
-_HARMLESS = {"data.num_workers", "data.micro_batch", "data.resident", "data.cache"}
-"""Keys below model and data that change speed and never results."""
+_HARMLESS = {
+    "data.num_workers",
+    "data.micro_batch",
+    "data.resident",
+    "data.cache",
+    "model.init_args.posterior.init_args.chunk",
+}
+"""Keys below model and data that change speed, and results at most by rounding."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ class RawBatch(NamedTuple):
         labels: ``(B,)`` int64 or ``None``.
         index: Positions in the store, ``(B,)``.
         flip: Whether to mirror each image, ``(B,)`` bool.
-        references: Those of this batch, where every batch has its own and no image is resident.
+        references: Those of this batch, where every batch has its own; without images if these
+            are resident.
     """
 
     images: Tensor | None
@@ -81,7 +82,10 @@ class _StoreDataset(Dataset[RawBatch]):
         images = self.store[rows.index][0] if self.images else None
         references = None
         if self.bank is not None:
-            references = self.bank(labels, rows.nimg, torch.device("cpu"))
+            if self.images:
+                references = self.bank(labels, rows.nimg, torch.device("cpu"))
+            else:
+                references = self.bank.announce(labels, rows.nimg)
         return RawBatch(images, labels, index, flip, references)
 
 
@@ -282,7 +286,7 @@ class ImageDataModule(L.LightningDataModule):
         device = self.trainer.strategy.root_device
         if self.resident and (self._resident is None or self._resident.device != device):
             self._resident = torch.from_numpy(self.store.images.copy()).to(device)
-        ahead = not self.resident and self._bank is not None and self._bank.fetched
+        ahead = self._bank is not None and self._bank.fetched
         bank = self._bank if ahead else None
         return DataLoader(
             _StoreDataset(self.store, bool(self.num_classes), not self.resident, bank),
@@ -304,6 +308,9 @@ class ImageDataModule(L.LightningDataModule):
             x0 = torch.where(batch.flip[:, None, None, None], x0.flip(-1), x0)
             index = index + len(self.store) * batch.flip
         references = batch.references
+        if references is not None and self._resident is not None:
+            assert self._bank is not None
+            references = self._bank.fill(references, self._resident)
         if references is None and self._bank is not None:
             nimg = int(getattr(self.trainer.lightning_module, "position", 0)) if self.trainer else 0
             references = self._bank(batch.labels, nimg, x0.device, self._resident)

@@ -118,15 +118,53 @@ class ReferenceBank:
             if self._whole is None or self._whole.images.device != device:
                 self._whole = self._take(np.arange(self.size), device, images)
             return self._whole
+        return self._take(self.choose(labels, nimg), device, images)
+
+    def choose(self, labels: Tensor | None, nimg: int) -> npt.NDArray[np.int64]:
+        """Positions of a batch's own references; for labels on a device it waits for the device.
+
+        Args:
+            labels: Class indices of the batch, ``(B,)`` or ``None``.
+            nimg: Images seen so far; decides random subsets.
+        """
         if self.members is None:
-            return self._take(self._draw(np.arange(self.size), (nimg, 2)), device, images)
+            return self._draw(np.arange(self.size), (nimg, 2))
         present = (
             [] if labels is None else sorted({label for label in labels.tolist() if label >= 0})
         )
         # a stream per class, so that a class has the same subset on every device
         chosen = [self._draw(self.members[label], (nimg, 2, label)) for label in present]
-        picked = np.concatenate(chosen) if chosen else np.empty(0, np.int64)
-        return self._take(picked, device, images)
+        return np.concatenate(chosen) if chosen else np.empty(0, np.int64)
+
+    def announce(self, labels: Tensor | None, nimg: int) -> References:
+        """References without images, for :meth:`fill` to complete on the device that has them.
+
+        Args:
+            labels: Class indices of the batch, ``(B,)`` on the CPU, or ``None``.
+            nimg: Images seen so far.
+        """
+        index = self.choose(labels, nimg)
+        found = None
+        if self.members is not None:
+            assert self.store.labels is not None
+            found = torch.from_numpy(self.store.labels[index % len(self.store)])
+        return References(torch.empty(0, dtype=torch.uint8), found, torch.from_numpy(index))
+
+    def fill(self, references: References, images: Tensor) -> References:
+        """Announced references with their images.
+
+        Args:
+            references: From :meth:`announce`, moved to the device.
+            images: All images of the store on that device.
+        """
+        places = references.index % len(self.store)
+        return references._replace(images=self._mirror(images[places], references.index))
+
+    def _mirror(self, pixels: Tensor, index: Tensor) -> Tensor:
+        if not self.flip:
+            return pixels
+        mirrored = index >= len(self.store)
+        return torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
 
     def _draw(self, rows: npt.NDArray[np.int64], stream: tuple[int, ...]) -> npt.NDArray[np.int64]:
         n = self.spec.n
@@ -146,14 +184,11 @@ class ReferenceBank:
         else:
             pixels = images[torch.from_numpy(places).to(device)]
         where = torch.from_numpy(index).to(device)
-        if self.flip:
-            mirrored = where >= len(self.store)
-            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
         labels = None
         if self.members is not None:
             assert self.store.labels is not None
             labels = torch.from_numpy(self.store.labels[places]).to(device)
-        return References(pixels, labels, where)
+        return References(self._mirror(pixels, where), labels, where)
 
 
 def nearest_distances(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cm_lightning.dropout import Dropout, LabelDropout
+from cm_lightning.networks.layers import Recomputable
 from cm_lightning.networks.preconditioning import EDMPrecond
 from cm_lightning.networks.songunet import check_counts, check_images, check_sizes
 from cm_lightning.types import InputError
@@ -102,7 +103,7 @@ def preserves_magnitude(network: nn.Module) -> bool:
     return any(isinstance(module, MPConv) for module in network.modules())
 
 
-class EDM2Block(nn.Module):
+class EDM2Block(Recomputable):
     """Residual block conditioned on the embedding, with optional self-attention."""
 
     def __init__(
@@ -131,7 +132,7 @@ class EDM2Block(nn.Module):
             self.attn_qkv = MPConv(out_channels, out_channels * 3, 1)
             self.attn_proj = MPConv(out_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def compute(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map ``(B, in_channels, H, W)`` and ``(B, emb_channels)`` to ``(B, C, H', W')``."""
         if self.resample == "down":
             x = functional.avg_pool2d(x, 2)

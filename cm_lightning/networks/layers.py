@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from cm_lightning.dropout import Dropout
 from cm_lightning.types import InputError
@@ -20,6 +22,7 @@ __all__ = [
     "Init",
     "Linear",
     "PositionalEmbedding",
+    "Recomputable",
     "UNetBlock",
 ]
 
@@ -162,7 +165,29 @@ def _depthwise(x: Tensor, taps: Tensor, padding: int) -> Tensor:
     )
 
 
-class UNetBlock(nn.Module):
+class Recomputable(nn.Module):
+    """A residual block whose activations the backward pass may compute a second time.
+
+    Attributes:
+        checkpointing: Whether it does. Dropout masks are functions of a key that the layers hold,
+            so the second time has them too.
+    """
+
+    checkpointing = False
+
+    @abstractmethod
+    def compute(self, x: Tensor, emb: Tensor) -> Tensor:
+        """What the block does."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map ``(B, in_channels, H, W)`` and ``(B, emb_channels)`` to ``(B, C, H', W')``."""
+        if self.checkpointing and torch.is_grad_enabled():
+            out: Tensor = checkpoint(self.compute, x, emb, use_reentrant=False)
+            return out
+        return self.compute(x, emb)
+
+
+class UNetBlock(Recomputable):
     """Residual block conditioned on the embedding, with optional self-attention.
 
     Args:
@@ -230,7 +255,7 @@ class UNetBlock(nn.Module):
             self.qkv = Conv(out_channels, out_channels * 3, 1, init=init_attn or init)
             self.proj = Conv(out_channels, out_channels, 1, init=init_zero)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def compute(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map ``(B, in_channels, H, W)`` and ``(B, emb_channels)`` to ``(B, C, H', W')``."""
         h = self.conv0(functional.silu(self.norm0(x)))
         params = self.affine(emb).to(h.dtype)[:, :, None, None]

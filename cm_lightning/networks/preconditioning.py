@@ -6,7 +6,6 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cm_lightning.types import Denoiser, InputError, expand
 
@@ -53,6 +52,8 @@ class Precond(Denoiser):
     """
 
     stored_as = "model"
+    channels_last = False
+    """Whether the backbone gets images with the channels of a pixel side by side in memory."""
 
     def __init__(
         self, backbone: nn.Module, sigma_data: float = 0.5, noise_scale: float = 1.0
@@ -118,12 +119,14 @@ class Precond(Denoiser):
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
         rows = None
         if labels is not None:
-            rows = functional.one_hot(labels.clamp_min(0), classes).to(dtype)
-            rows = rows * (labels >= 0)[:, None]
+            rows = (labels[:, None] == torch.arange(classes, device=labels.device)).to(dtype)
         inside = next(self.backbone.parameters(), x).dtype
         noise = c_noise if self.noise_scale == 1 else c_noise * self.noise_scale
         told = () if augment_labels is None else (augment_labels,)
-        raw: Tensor = self.backbone((expand(c_in, x) * x).to(inside), noise, rows, *told)
+        scaled = (expand(c_in, x) * x).to(inside)
+        if self.channels_last:  # a clone, as images of one channel count as laid out either way
+            scaled = scaled.clone(memory_format=torch.channels_last)
+        raw: Tensor = self.backbone(scaled, noise, rows, *told)
         return expand(c_skip, x) * x + expand(c_out, x) * raw.to(dtype)
 
 

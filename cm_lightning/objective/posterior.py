@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cm_lightning.types import Batch, Denoiser, InputError, References
+from cm_lightning.types import Batch, Denoiser, InputError, References, expand
 
 __all__ = [
     "PosteriorMean",
@@ -124,7 +124,8 @@ class ReferenceMean(PosteriorMean):
     computed in fp32 (float64 for float64 images) outside autocast.
 
     Args:
-        chunk: References per chunk, >= 1.
+        chunk: References per chunk, >= 1; ``None`` for as many as a CPU core's cache holds as
+            floats (2 MiB), or 256 MiB of a GPU.
         skip: Rows whose nearest other reference is at least ``skip * t`` away keep ``x0``: the
             weight of all others together is then below about 5e-5 at 8 (8e-3 at 6). ``None``
             never skips.
@@ -133,11 +134,11 @@ class ReferenceMean(PosteriorMean):
         InputError: If an argument is outside its range, or a batch carries no references.
     """
 
-    chunk: int = 4096
+    chunk: int | None = None
     skip: float | None = 8.0
 
     def __post_init__(self) -> None:
-        if self.chunk < 1:
+        if self.chunk is not None and self.chunk < 1:
             raise InputError(f"ReferenceMean: chunk must be 1 or more, got {self.chunk}.")
         if self.skip is not None and not self.skip > 0:
             raise InputError(f"ReferenceMean: skip must be positive or null, got {self.skip}.")
@@ -156,59 +157,58 @@ class ReferenceMean(PosteriorMean):
             active &= batch.labels >= 0
         if batch.generated is not None:
             active &= ~batch.generated
-        eligible = active.clone()
+        eligible = active
         if self.skip is not None and references.nearest is not None:
-            active &= references.nearest < self.skip * t
-        rows = active.nonzero()[:, 0]
-        mean = batch.x0.clone()
-        ess, largest = torch.ones_like(t), torch.ones_like(t)
-        if len(rows):
-            with torch.no_grad(), torch.autocast(x_t.device.type, enabled=False):
-                sums = self.sums(x_t, t, batch, references, rows)
-                sums = merge_sums(own_sums(x_t, t, batch, rows), sums)
-                average = (sums.images / sums.weights[:, None]).reshape(-1, *x_t.shape[1:])
-            mean[rows] = average.to(mean.dtype)
-            ess[rows] = (sums.weights.double().square() / sums.squares).to(t.dtype)
-            largest[rows] = (1 / sums.weights.double()).to(t.dtype)
+            active = active & (references.nearest < self.skip * t)
+        with torch.no_grad(), torch.autocast(x_t.device.type, enabled=False):
+            sums = self.sums(x_t, t, batch, references)
+            sums = merge_sums(own_sums(x_t, t, batch), sums)
+            average = (sums.images / sums.weights[:, None]).reshape(x_t.shape)
+        # every row is computed and chosen by its mask: to pick rows would wait for the device
+        mean = torch.where(expand(active, x_t).bool(), average.to(x_t.dtype), batch.x0)
         if batch.notes is not None and "ess" not in batch.notes:
+            weights = sums.weights.double()
+            ess, largest = weights.square() / sums.squares, 1 / weights
             shift = (mean - batch.x0).flatten(1).square().mean(1)
-            batch.notes["ess"], batch.notes["largest_weight"] = ess, largest
+            batch.notes["ess"] = torch.where(active, ess, 1).to(t.dtype)
+            batch.notes["largest_weight"] = torch.where(active, largest, 1).to(t.dtype)
             batch.notes["skipped"] = (eligible & ~active).to(t.dtype)
             batch.notes["discrepancy"] = shift / t.square()
         return mean
 
-    def sums(
-        self, x_t: Tensor, t: Tensor, batch: Batch, references: References, rows: Tensor
-    ) -> ReferenceSums:
-        """Sums of some rows over references, without the rows' own images.
+    def sums(self, x_t: Tensor, t: Tensor, batch: Batch, references: References) -> ReferenceSums:
+        """Sums over references, without the rows' own images.
 
         Args:
             x_t: Noisy images, ``(B, C, H, W)``.
             t: Their noise levels, ``(B,)``.
             batch: The batch.
             references: Any part of the references.
-            rows: Which rows, ``(R,)``.
         """
         dtype = torch.promote_types(torch.float32, x_t.dtype)
-        x, inverse = x_t[rows].flatten(1).to(dtype), 0.5 / t[rows].double().square()
-        zeros = torch.zeros(len(rows), dtype=dtype, device=x.device)
+        x, inverse = x_t.flatten(1).to(dtype), 0.5 / t.double().square()
+        zeros = torch.zeros(len(x), dtype=dtype, device=x.device)
         total = ReferenceSums(
             torch.full_like(inverse, -torch.inf), zeros, zeros, torch.zeros_like(x)
         )
-        for start in range(0, len(references.images), self.chunk):
-            part = slice(start, start + self.chunk)
-            y = references.images[part]
-            y = y.to(dtype) / 127.5 - 1 if y.dtype == torch.uint8 else y.to(dtype)
-            y = y.flatten(1)
+        block = (1 << 21 if x.device.type == "cpu" else 1 << 28) // (4 * x.shape[1])
+        chunk = self.chunk or max(block, 1)
+        for start in range(0, len(references.images), chunk):
+            part = slice(start, start + chunk)
+            y = references.images[part].flatten(1)
+            y = y.to(dtype).div_(127.5).sub_(1) if y.dtype == torch.uint8 else y.to(dtype)
             # |x|^2 is the same for all references and leaves the soft-max alone
-            logits = (2 * x @ y.T - y.square().sum(1)).double() * inverse[:, None]
-            hidden = batch.index[rows, None] == references.index[part]
+            logits = torch.addmm(y.square().sum(1), x, y.T, beta=-1, alpha=2).double()
+            logits *= inverse[:, None]
+            hidden = batch.index[:, None] == references.index[part]
             if references.labels is not None:
                 assert batch.labels is not None
-                hidden |= batch.labels[rows, None] != references.labels[part]
-            logits = logits.masked_fill(hidden, -torch.inf)
-            top = logits.max(1).values
-            weights = (logits - top[:, None]).nan_to_num(nan=-torch.inf).exp().to(dtype)
+                hidden |= batch.labels[:, None] != references.labels[part]
+            logits.masked_fill_(hidden, -torch.inf)
+            top = logits.amax(1)
+            # where all are hidden top is -inf, and a finite number in its place gives weights 0
+            logits -= top.clamp_min(torch.finfo(top.dtype).min)[:, None]
+            weights = logits.to(dtype).exp_()
             total = merge_sums(
                 total,
                 ReferenceSums(top, weights.sum(1), weights.square().sum(1), weights @ y),
@@ -216,10 +216,10 @@ class ReferenceMean(PosteriorMean):
         return total
 
 
-def own_sums(x_t: Tensor, t: Tensor, batch: Batch, rows: Tensor) -> ReferenceSums:
-    """Sums of some rows over their own image alone."""
+def own_sums(x_t: Tensor, t: Tensor, batch: Batch) -> ReferenceSums:
+    """Sums over the rows' own images alone."""
     dtype = torch.promote_types(torch.float32, x_t.dtype)
-    x, y = x_t[rows].flatten(1).to(dtype), batch.x0[rows].flatten(1).to(dtype)
-    top = (2 * (x * y).sum(1) - y.square().sum(1)).double() * (0.5 / t[rows].double().square())
-    ones = torch.ones(len(rows), dtype=dtype, device=x.device)
+    x, y = x_t.flatten(1).to(dtype), batch.x0.flatten(1).to(dtype)
+    top = (2 * (x * y).sum(1) - y.square().sum(1)).double() * (0.5 / t.double().square())
+    ones = torch.ones(len(x), dtype=dtype, device=x.device)
     return ReferenceSums(top, ones, ones, y)

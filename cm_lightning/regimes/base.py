@@ -150,6 +150,12 @@ class ConsistencyModule(L.LightningModule):
             return self._borrowed[role]
         return getattr(self, role) if role in self.averages else self.denoiser
 
+    @property
+    def networks(self) -> list[Denoiser]:
+        """All networks of the run: the denoiser, averaged copies, borrowed ones."""
+        averaged = [getattr(self, name) for name in self.averages]
+        return [self.denoiser, *averaged, *self._borrowed.values()]
+
     def configure_callbacks(self) -> list[L.Callback]:
         """Callbacks that this module cannot be trained without."""
         needed: list[L.Callback] = [GuardCallback(self.gradients)]
@@ -244,6 +250,8 @@ class ConsistencyModule(L.LightningModule):
         optimizer = self.optimizer([p for p in self.denoiser.parameters() if p.requires_grad])
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
+            if isinstance(optimizer, torch.optim.Adam) and group["foreach"] is None:
+                group["fused"] = group["fused"] is not False  # one pass over the weights
         return optimizer
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:

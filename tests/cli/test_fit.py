@@ -8,9 +8,11 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from cm_lightning.dashboard import BY_LEVEL, panel
 from cm_lightning.evaluation.figures import PANELS
+from cm_lightning.regimes import ECT
 from tests.cli.conftest import ROOT, TINY
 
 PROFILES = ["ema_0.9", "ema_halflife0.3k", "ema_std0.100"]
@@ -266,3 +268,72 @@ def test_an_evaluation_stops_when_its_time_is_over(fit, tmp_path):
     refused = fit(tmp_path / "other", "--fid.max_minutes", "0")
     assert refused.code == 2
     assert "fid.max_minutes must be positive or null, got 0" in refused.err
+
+
+def test_out_of_memory_says_what_to_change(fit, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(ECT, "loss", full)
+    done = fit(tmp_path / "run")
+    assert done.code == 1
+    assert "Traceback" not in done.err
+    for words in (
+        "micro-batches of 32 images",
+        "--data.micro_batch 16",
+        "--trainer.precision bf16-mixed",
+        "--performance.checkpointing true",
+        "Tried to allocate 2.00 GiB",
+    ):
+        assert words in done.err
+    assert fit(tmp_path / "run", "--check").code == 1
+    done = fit(tmp_path / "other", "--data.micro_batch", 1, "--performance.checkpointing", "true")
+    assert "checkpointing" not in done.err
+    assert "--data.micro_batch" not in done.err
+
+
+def test_the_start_says_what_memory_it_takes(fit, tmp_path):
+    out = {}
+    for on in ("false", "true"):
+        done = fit(tmp_path / on, "--performance.checkpointing", on, "--model.total_kimg", 0.064)
+        assert done.code == 0
+        (line,) = [line for line in done.out.splitlines() if "  memory    about" in line]
+        out[on] = line
+        assert "activations of 32 images" in line
+    assert out["true"] != out["false"]
+
+
+def test_a_compiled_run_resumes_samples_and_exports_as_any_other(
+    fit, program, tmp_path, monkeypatch
+):
+    real, compiled = torch.nn.Module.compile, []
+
+    def compile_graphs(module):
+        compiled.append(module)
+        real(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_graphs)
+    speed = ("--performance.compile", "true", "--performance.checkpointing", "true")
+    assert fit(tmp_path / "a").code == 0
+    assert not compiled
+    assert fit(tmp_path / "b", *speed).code == 0
+    assert len(compiled) == 1
+    newest = tmp_path / "b" / "checkpoints" / "nimg000000000640.ckpt"
+    first = load(newest)
+    newest.unlink()
+    assert fit(tmp_path / "b", *speed).code == 0  # resumes at half
+    again, plain = load(newest), load(tmp_path / "a" / "checkpoints" / newest.name)
+    assert list(first["state_dict"]) == list(plain["state_dict"])
+    for name, value in first["state_dict"].items():
+        assert torch.equal(again["state_dict"][name], value), name
+        torch.testing.assert_close(value, plain["state_dict"][name], rtol=1e-3, atol=1e-5)
+    newest.unlink()
+    assert fit(tmp_path / "b").code == 0  # speed is no part of what a run is
+    for profile in PROFILES:
+        names = [
+            sorted(load_file(tmp_path / run / "weights" / profile / "model.safetensors"))
+            for run in "ab"
+        ]
+        assert names[0] == names[1]
+    done = program("cm-sample", tmp_path / "b", "--n", 4, "--sigmas", 80, "--out", tmp_path / "s")
+    assert done.code == 0

@@ -97,7 +97,7 @@ def test_the_loader_fetches_subsets_ahead(store, tmp_path):
         data.use_references(ReferenceSet(n=5), skip=True)
         batches = []
         for raw, _ in zip(data.train_dataloader(), range(3), strict=False):
-            assert (raw.references is None) == resident
+            assert (len(raw.references.images) == 0) == resident
             batches.append(data.on_after_batch_transfer(raw, 0))
             trainer.lightning_module.position += 6
         seen.append(batches)
@@ -118,6 +118,16 @@ def test_resident_images_are_used(store):
     resident = torch.from_numpy(store.images.copy())
     a = bank(store)(torch.tensor([0]), 0, CPU, resident)
     assert torch.equal(a.images, resident)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_announced_references_are_those_of_the_store(store, conditional):
+    labels, resident = torch.tensor([2, 0, 2]), torch.from_numpy(store.images.copy())
+    subsets = bank(store, ReferenceSet(n=5), conditional, flip=True)
+    announced = subsets.announce(labels, 12)
+    assert not len(announced.images)
+    for a, b in zip(subsets.fill(announced, resident), subsets(labels, 12, CPU), strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("flip", [False, True])
