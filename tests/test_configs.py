@@ -65,7 +65,12 @@ def shrink(path: Path, config: dict, folder: Path) -> list[str]:
     words = [f"{backbone}.num_blocks=1", f"{backbone}.model_channels={width}"]
     words += ["--data.global_batch=8", "--model.total_kimg=0.016", "--trainer.accelerator=cpu"]
     words += ["--fid.n=6", "--samples.n=2", "--checkpoints.every_kimg=0.008"]
-    words += ["--diagnostics.picture=false", "--trainer.precision=32-true"]
+    words += [
+        "--diagnostics.picture=false",
+        "--diagnostics.teacher_rows=1",
+        "--diagnostics.teacher_steps=2",
+        "--trainer.precision=32-true",
+    ]
     if kind in CLASSES:
         words += ["--fid.features=Timm", "--fid.features.size=32"]
     if kind == "imagenet64":

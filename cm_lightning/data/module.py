@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -137,6 +138,11 @@ class ImageDataModule(L.LightningDataModule):
         ):
             if value < least:
                 raise InputError(f"data.{name} must be {least} or more, got {value}.")
+        most = 16 * (os.cpu_count() or 1)
+        if num_workers > most:
+            raise InputError(
+                f"data.num_workers must be {most} at most (16 per core), got {num_workers}."
+            )
         self.source = source
         self.global_batch = global_batch
         self.micro_batch = micro_batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -77,8 +78,8 @@ class ConsistencyModule(L.LightningModule):
         init: Pretrained | None = None,
     ) -> None:
         super().__init__()
-        if not total_kimg > 0:
-            raise InputError(f"total_kimg must be positive, got {total_kimg}.")
+        if not 0 < total_kimg < math.inf:
+            raise InputError(f"total_kimg must be positive and finite, got {total_kimg}.")
         if seed < 0:
             raise InputError(f"seed must be 0 or more, got {seed}.")
         self.denoiser = denoiser
@@ -246,8 +247,15 @@ class ConsistencyModule(L.LightningModule):
             raise InputError("Apple's mps device has no float64: use --trainer.accelerator cpu.")
 
     def configure_optimizers(self) -> Optimizer:
-        """Build the optimizer over the denoiser's trainable parameters."""
-        optimizer = self.optimizer([p for p in self.denoiser.parameters() if p.requires_grad])
+        """Build the optimizer over the denoiser's trainable parameters.
+
+        Raises:
+            InputError: If it refuses its arguments.
+        """
+        try:
+            optimizer = self.optimizer([p for p in self.denoiser.parameters() if p.requires_grad])
+        except (TypeError, ValueError) as error:
+            raise InputError(f"model.optimizer refuses its arguments: {error}.") from error
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
             if isinstance(optimizer, torch.optim.Adam) and group["foreach"] is None:
