@@ -354,8 +354,8 @@ def starting(module: ConsistencyModule, nimg: int = 0) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        known = isinstance(error, TrainingStopped) or about_input(error) or about_machine(error)
-        if known or module.nimg > nimg:
+        known = isinstance(error, (TrainingStopped, torch.OutOfMemoryError))
+        if known or about_input(error) or about_machine(error) or module.nimg > nimg:
             raise
         what = "This checkpoint cannot be continued" if nimg else "This config cannot be trained"
         raise InputError(f"{what}: {complaint(error)}.") from error

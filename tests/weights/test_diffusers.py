@@ -237,7 +237,7 @@ def damage(folder, what):
         ("downsampling", "downsample_type conv"),
         ("blocks", "another form"),
         ("default", "resnet_time_scale_shift default"),
-        ("json", "not JSON"),
+        ("json", "is not valid JSON"),
         ("missing", "holds no diffusion_pytorch_model"),
         ("pickle", "refused"),
         ("tensor", "'extra.weight', which ADMUNet has no place for"),
