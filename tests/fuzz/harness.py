@@ -25,9 +25,6 @@ MEMORY = 500 << 20
 MACHINE = 6 << 30
 """Address space a command may take on top, so that a claim of terabytes fails at once."""
 
-MALFORMED: set[str] = set()
-"""What every refused input was, for the count."""
-
 
 def examples(fast: int) -> Any:
     """Settings of a test with this many examples; CM_FUZZ multiplies them."""
@@ -177,7 +174,6 @@ def verdict(
         assert re.fullmatch(rf"{name}: error: \S.*", lines[0]), what
         assert len(lines[0]) < 1200, what
         assert "error: an unexpected" not in lines[0], what
-        MALFORMED.add(hashlib.sha256(f"{key} {before}".encode()).hexdigest())
     elif outputs is None:
         after = {path: after.get(path, "") for path in before}
     else:
