@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cm_lightning.bench.common import Benchmark, alternate, ratio, spread
 from cm_lightning.cli.data import build_features
-from cm_lightning.cli.study import table
+from cm_lightning.cli.study_report import table
 from cm_lightning.data import ImageStore
 from cm_lightning.evaluation import FeatureExtractor
 from cm_lightning.evaluation.frechet import frechet_distance

@@ -31,7 +31,7 @@ from cm_lightning.bench.common import (
 )
 from cm_lightning.bench.store import make_store
 from cm_lightning.cli.data import build_features
-from cm_lightning.cli.study import table
+from cm_lightning.cli.study_report import table
 from cm_lightning.data import ImageDataModule, Store
 from cm_lightning.ema import ConstantEMA, EMAProfile, HalfLifeEMA, PowerEMA, update_average
 from cm_lightning.evaluation import to_uint8

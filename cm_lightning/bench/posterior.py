@@ -23,7 +23,7 @@ from cm_lightning.bench.common import (
     spread,
 )
 from cm_lightning.bench.store import add_store, make_store
-from cm_lightning.cli.study import table
+from cm_lightning.cli.study_report import table
 from cm_lightning.data import ImageStore, ReferenceBank, ReferenceSet, to_float
 from cm_lightning.objective import (
     Draw,

@@ -31,7 +31,7 @@ from cm_lightning.bench.published import PublishedStep
 from cm_lightning.bench.store import make_store
 from cm_lightning.callbacks import DiagnosticsCallback, EMACallback, PerformanceCallback
 from cm_lightning.cli.fit import quiet
-from cm_lightning.cli.study import table
+from cm_lightning.cli.study_report import table
 from cm_lightning.data import ImageDataModule, Store
 from cm_lightning.networks import ConsistencyPrecond, Precond
 from cm_lightning.objective import L2, ECTMapping

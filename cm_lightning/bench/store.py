@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from cm_lightning.bench.common import Benchmark
-from cm_lightning.cli.study import table
+from cm_lightning.cli.study_report import table
 from cm_lightning.data import ImageStore
 from cm_lightning.evaluation import save_png
 from cm_lightning.types import InputError

@@ -1,20 +1,22 @@
-"""``cm-compare``: runs side by side: a table, curves and grids, in Markdown and one HTML page."""
+"""``cm-compare``: runs, or the arms of a study, side by side, in Markdown and one HTML page."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from statistics import fmean, median, stdev
 
 from cm_lightning.callbacks.run_record import write_text
-from cm_lightning.cli.compare_figures import Panel, all_panels, at_the_end
-from cm_lightning.cli.compare_page import page
+from cm_lightning.cli.compare_figures import Panel, all_panels, arm_panels, at_the_end
+from cm_lightning.cli.compare_page import page, study_page
 from cm_lightning.cli.compare_runs import SAME, Entry, curves, distinct, nfe_of, read_entry
 from cm_lightning.cli.compare_texts import BY_LEVEL
 from cm_lightning.cli.errors import CommandParser, readable_errors
-from cm_lightning.cli.study import table
+from cm_lightning.cli.study_report import read_outcome, table
+from cm_lightning.cli.study_report import summary as study_summary
 from cm_lightning.types import InputError
 
 __all__ = ["Entry", "curves", "differing", "main", "read_entry"]
@@ -134,11 +136,7 @@ def report(
             + (f", W&B run {wandb}" if wandb else "")
             + f"; again: `cm-fit --config {entry.path / 'config.yaml'} --run_dir NEW`"
         )
-    parts.append("## Figures")
-    parts += [
-        f"![{panel.title}](figures/{panel.name}.png)\n\n**{panel.title}.** {panel.caption}"
-        for panel in chain.from_iterable(panels.values())
-    ]
+    parts.append(figure_list(panels))
     parts.append("## By noise level, mean over the last quarter of each run")
     for name, family in BY_LEVEL.items():
         found = {entry.name: at_the_end(entry.rows, name) for entry in entries}
@@ -154,29 +152,83 @@ def report(
     return "\n\n".join(parts) + "\n"
 
 
+def write_study(folder: Path, out: Path) -> None:
+    """Write the comparison of a study: its tables and answers, and its arms' first runs.
+
+    Args:
+        folder: Folder of the study.
+        out: Where to write.
+    """
+    outcome = read_outcome(folder)
+    plain = {name: arm for name, arm in outcome["arms"].items() if "time_of" not in arm}
+    entries = [
+        replace(read_entry(folder / arm["runs"][0]), name=name) for name, arm in plain.items()
+    ]
+    panels = {"arms": arm_panels(outcome)} | all_panels(entries)
+    text = study_summary(outcome, folder)
+    write_text(out / "comparison.md", f"{text}\n{figure_list(panels)}\n")
+    write_text(out / "comparison.html", study_page(outcome, folder, entries, panels))
+    write_figures(panels, out)
+    print(text)
+
+
+def figure_list(panels: dict[str, list[Panel]]) -> str:
+    """All figures in Markdown with their captions."""
+    shown = [
+        f"![{panel.title}](figures/{panel.name}.png)\n\n**{panel.title}.** {panel.caption}"
+        for panel in chain.from_iterable(panels.values())
+    ]
+    return "\n\n".join(["## Figures", *shown])
+
+
+def write_figures(panels: dict[str, list[Panel]], out: Path) -> None:
+    """Write the figures as PNG files."""
+    for panel in chain.from_iterable(panels.values()):
+        path = out / "figures" / f"{panel.name}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(panel.picture)
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``cm-compare``."""
     parser = CommandParser(prog=COMMAND, allow_abbrev=False, description=__doc__)
-    parser.add_argument("runs", nargs="+", help="run directories; cm-eval's results in them count")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        help="run directories; cm-eval's results in them count. Or the folder of one study",
+    )
     parser.add_argument("--out", default="comparison", help="folder to write [comparison]")
     options = parser.parse_args(args)
     with readable_errors(COMMAND):
-        entries = distinct([read_entry(Path(run)) for run in options.runs])
-        if len({entry.path.resolve() for entry in entries}) < len(entries):
-            raise InputError("A run is named twice.")
-        out = Path(options.out)
-        reasons = differing(entries)
-        notes = summary(entries, reasons)
-        head, rows = overview(entries, ranked=not reasons and len(entries) > 1)
-        panels = all_panels(entries)
-        write_text(out / "comparison.md", report(entries, notes, table(head, rows), panels))
-        write_text(out / "comparison.html", page(entries, notes, head, rows, panels))
-        for panel in chain.from_iterable(panels.values()):
-            path = out / "figures" / f"{panel.name}.png"
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(panel.picture)
-        print("\n\n".join([*notes, table(head, rows)]))
+        out, paths = Path(options.out), [Path(run) for run in options.runs]
+        studies = [path for path in paths if (path / "study.json").is_file()]
+        if studies:
+            if len(paths) > 1:
+                raise InputError(f"{studies[0]} is a study: it is shown alone, or give its runs.")
+            write_study(studies[0], out)
+        else:
+            write_runs(paths, out)
         print(f"\nWritten to {out / 'comparison.html'} and {out / 'comparison.md'}.")
+
+
+def write_runs(paths: list[Path], out: Path) -> None:
+    """Write the comparison of runs.
+
+    Args:
+        paths: Run directories.
+        out: Where to write.
+    """
+    entries = distinct([read_entry(path) for path in paths])
+    if len({entry.path.resolve() for entry in entries}) < len(entries):
+        raise InputError("A run is named twice.")
+    reasons = differing(entries)
+    notes = summary(entries, reasons)
+    head, rows = overview(entries, ranked=not reasons and len(entries) > 1)
+    panels = all_panels(entries)
+    write_text(out / "comparison.md", report(entries, notes, table(head, rows), panels))
+    write_text(out / "comparison.html", page(entries, notes, head, rows, panels))
+    write_figures(panels, out)
+    print("\n\n".join([*notes, table(head, rows)]))
 
 
 if __name__ == "__main__":

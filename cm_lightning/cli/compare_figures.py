@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cm_lightning.cli.compare_runs import Entry, calls, curves, nfe_of
+from cm_lightning.cli.compare_runs import Entry, curves, grids, nfe_of
 from cm_lightning.cli.compare_texts import BY_LEVEL, OVER_TRAINING
+from cm_lightning.cli.study_report import calls, interval, label, main_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Panel",
     "all_panels",
+    "arm_panels",
     "at_the_end",
     "colour",
     "course",
@@ -45,7 +47,8 @@ def colour(number: int) -> str:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    return to_hex(colormaps["tab10"](number % 10))
+    # the ten strong colours first, then their light neighbours
+    return to_hex(colormaps["tab20"](number % 10 * 2 + number // 10 % 2))
 
 
 def all_panels(entries: Sequence[Entry]) -> dict[str, list[Panel]]:
@@ -56,9 +59,69 @@ def all_panels(entries: Sequence[Entry]) -> dict[str, list[Panel]]:
     """
     return {
         "distance": distance_panels(entries),
+        "samples": sample_panels(entries),
         "training": over_training(entries),
         "levels": by_level(entries),
     }
+
+
+def arm_panels(outcome: Mapping[str, Any]) -> list[Panel]:
+    """Results of all arms of a study with their intervals, one panel per result.
+
+    Args:
+        outcome: What ``cm-study`` found.
+    """
+    main, panels = main_results(outcome), []
+    for key in main:
+        values = {name: found[key] for name, found in outcome["results"].items()}
+        figure, axis = _axes(height=1.2 + 0.27 * len(values))
+        plain = [name for name, arm in outcome["arms"].items() if "time_of" not in arm]
+        for place, (name, found) in enumerate(values.items()):
+            mean, width = interval(found)
+            source = outcome["arms"][name].get("of", name)
+            own = colour(plain.index(source)) if source in plain else "black"
+            axis.errorbar(mean, -place, xerr=width, color=own, marker="o", ms=5, capsize=3, lw=1.8)
+            axis.plot(found, [-place] * len(found), "|", color=own, ms=9, alpha=0.6)
+        axis.set_yticks([-place for place in range(len(values))], list(values), fontsize=9)
+        points = [value for found in values.values() for value in found]
+        if max(points) > 4 * min(points) > 0:
+            axis.set_xscale("log")
+            axis.set_xlim(min(points) / 1.4, max(points) * 1.4)
+        axis.grid(alpha=0.3)
+        axis.set_xlabel(f"{key.partition('/')[0]}, lower is better")
+        title = label(key, main)
+        caption = "Dot: mean over training seeds; bar: its 95 % interval; ticks: the seeds."
+        name = "arms_" + "".join(c if c.isalnum() else "_" for c in key)
+        panels.append(Panel(name, title.capitalize(), caption, png(figure)))
+    return panels
+
+
+def sample_panels(entries: Sequence[Entry]) -> list[Panel]:
+    """One picture of all runs' newest grids for each number of network calls.
+
+    Args:
+        entries: The runs.
+    """
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    found: dict[str, list[tuple[str, Any]]] = {}
+    for entry in entries:
+        for (_, sampler), path in grids(entry).items():
+            with Image.open(path) as picture:
+                found.setdefault(nfe_of(sampler), []).append((entry.name, np.asarray(picture)))
+    panels = []
+    for nfe, pictures in found.items():
+        columns = min(len(pictures), 4)
+        rows = -(-len(pictures) // columns)
+        figure = Figure(figsize=(2.4 * columns, 2.65 * rows), layout="constrained")
+        for place, axis in enumerate(np.ravel(figure.subplots(rows, columns, squeeze=False))):
+            axis.set_axis_off()
+            if place < len(pictures):
+                axis.set_title(pictures[place][0], fontsize=10)
+                axis.imshow(pictures[place][1], cmap="gray", vmin=0, vmax=255, interpolation="none")
+        panels.append(Panel(f"samples_nfe{nfe}".replace("?", "x"), calls(nfe), "", png(figure)))
+    return panels
 
 
 def distance_panels(entries: Sequence[Entry]) -> list[Panel]:
@@ -77,18 +140,18 @@ def distance_panels(entries: Sequence[Entry]) -> list[Panel]:
             if options:
                 key = min(options, key=lambda key: options[key][-1][2])
                 chosen[number] = (f"{entries[number].name} ({key.split('/')[1]})", options[key])
-        for column, unit, words in (
+        for column, unit, axis_words in (
             (0, "thousands of images (kimg)", "images seen"),
             (1, "minutes of training", "time spent"),
         ):
             figure, axis = _axes()
-            for number, (label, points) in chosen.items():
+            for number, (words, points) in chosen.items():
                 x, y = [point[column] for point in points], [point[2] for point in points]
-                axis.plot(x, y, marker="o", ms=4, color=colour(number), label=label)
+                axis.plot(x, y, marker="o", ms=4, color=colour(number), label=words)
             values = (point[2] for _, points in chosen.values() for point in points)
             _finish(figure, axis, unit, f"FD, {calls(nfe)}", "log", values)
             name = f"fd_nfe{nfe}_{('kimg', 'minutes')[column]}".replace("?", "x")
-            title = f"{calls(nfe).capitalize()}, by {words}"
+            title = f"{calls(nfe).capitalize()}, by {axis_words}"
             caption = "Lower is better; the line that falls first learns fastest."
             panels.append(Panel(name, title, caption, png(figure)))
     return panels
@@ -101,7 +164,7 @@ def over_training(entries: Sequence[Entry]) -> list[Panel]:
         entries: The runs.
     """
     panels = []
-    for name, (title, label, caption) in OVER_TRAINING.items():
+    for name, (title, unit, caption) in OVER_TRAINING.items():
         lines = {}
         for number, entry in enumerate(entries):
             points = [
@@ -118,7 +181,7 @@ def over_training(entries: Sequence[Entry]) -> list[Panel]:
                 x, y = zip(*points, strict=True)
                 axis.plot(x, y, color=colour(number), label=entries[number].name)
             values = (value for points in lines.values() for _, value in points)
-            _finish(figure, axis, "thousands of images (kimg)", label, "log", values)
+            _finish(figure, axis, "thousands of images (kimg)", unit, "log", values)
             panels.append(Panel(name.replace("/", "_"), title, caption, png(figure)))
     return panels
 
@@ -228,11 +291,11 @@ def _words(bin: str) -> str:
     return bin.replace("below_", "< ").replace("above_", "> ").replace("-", "–")
 
 
-def _axes() -> tuple[Figure, Any]:
+def _axes(height: float = 3.6) -> tuple[Figure, Any]:
     """One panel, without pyplot; drawn so that it can be read on a phone."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.8, 3.6), layout="constrained")
+    figure = Figure(figsize=(4.8, height), layout="constrained")
     return figure, figure.subplots()
 
 

@@ -6,12 +6,24 @@ import base64
 import html
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from cm_lightning.cli.compare_figures import Panel, colour, course
-from cm_lightning.cli.compare_runs import Entry, calls, grids, nfe_of, settings
+from cm_lightning.cli.compare_runs import Entry, grids, nfe_of, settings
 from cm_lightning.cli.compare_texts import BY_LEVEL
+from cm_lightning.cli.study_report import (
+    HOW,
+    answer_rows,
+    answers,
+    arms_table,
+    calls,
+    explanation,
+    other_results,
+    search_table,
+)
 
-__all__ = ["page"]
+__all__ = ["page", "study_page"]
 
 STYLE = """
 :root{color-scheme:light}
@@ -27,6 +39,7 @@ vertical-align:top}
 th{font-weight:600;white-space:nowrap}
 .numbers td:nth-child(n+3),.numbers th:nth-child(n+3){text-align:right}
 .numbers td:first-child{white-space:nowrap}
+.answers td:last-child{font-weight:600}
 .settings td{overflow-wrap:anywhere;min-width:7rem}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:1.2rem}
 .pairs{grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));max-width:960px}
@@ -58,10 +71,74 @@ def page(
         panels: Figures of all runs by section.
     """
     title = f"{len(entries)} runs compared" if len(entries) > 1 else f"The run {entries[0].name}"
-    chips = [f'<span class=chip style="background:{colour(n)}"></span>' for n in range(len(rows))]
-    parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in summary)]
-    parts.append(as_table(head, rows, "numbers", chips))
-    parts.append(different_settings(entries))
+    parts = [*(f"<p>{html.escape(line)}</p>" for line in summary)]
+    parts.append(as_table(head, rows, "numbers", [chip(number) for number in range(len(rows))]))
+    return document(title, parts + run_sections(entries, panels))
+
+
+def study_page(
+    outcome: Mapping[str, Any],
+    folder: Path,
+    entries: Sequence[Entry],
+    panels: Mapping[str, Sequence[Panel]],
+) -> str:
+    """A study as one HTML file: its arms, its questions, and the first run of every arm.
+
+    Args:
+        outcome: What ``cm-study`` found.
+        folder: Folder of the study.
+        entries: The first runs, named as their arms.
+        panels: Figures of the arms, and of these runs by the section of the page.
+    """
+    head, rows = arms_table(outcome, folder)
+    colours = {entry.name: chip(number) for number, entry in enumerate(entries)}
+    origins = {name: arm.get("of", name) for name, arm in outcome["arms"].items()}
+    chips = [colours.get(origin, "") for origin in origins.values()]
+    parts = [*(f"<p>{html.escape(line)}</p>" for line in explanation(outcome))]
+    parts += [figures(panels["arms"], "pairs"), as_table(head, rows, "numbers", chips)]
+    found = list(answers(outcome))
+    if found:
+        parts.append(f"<h2>Questions and answers</h2><p>{html.escape(HOW)}</p>")
+    for question, pairs in found:
+        parts.append(f"<h3>{html.escape(question)}</h3>")
+        parts.append(as_table(*answer_rows(pairs), "answers"))
+    others = other_results(outcome)
+    if others:
+        shown = as_table(["run", "result", "value"], others, "answers")
+        parts.append(f"<details><summary>Further results</summary>{shown}</details>")
+    if outcome["search"]:
+        lines = [line.strip("| ").split(" | ") for line in search_table(outcome).splitlines()]
+        shown = as_table(lines[0], lines[2:], "answers")
+        parts.append(
+            "<details><summary>Search of the tuned option</summary><p>Means over the seeds of the "
+            f"search; the lowest of a row is bold.</p>{shown}</details>"
+        )
+    parts.append(
+        f"<h2>The runs of seed {outcome['seeds'][0]}</h2><p>What follows shows one run of every "
+        "arm that is trained on equal images.</p>"
+    )
+    return document(outcome["title"], parts + run_sections(entries, panels))
+
+
+def chip(number: int) -> str:
+    """A dot in the colour of a run."""
+    return f'<span class=chip style="background:{colour(number)}"></span>'
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A page around its parts."""
+    body = "\n".join(part for part in [f"<h1>{html.escape(title)}</h1>", *parts] if part)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n"
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def run_sections(entries: Sequence[Entry], panels: Mapping[str, Sequence[Panel]]) -> list[str]:
+    """Settings, distances, samples and diagnostics of runs."""
+    parts = [different_settings(entries)]
     parts += section(
         "Frechet distance during training",
         "One line per run, in the colour of the table. Each pair shows the same distances twice: "
@@ -83,14 +160,7 @@ def page(
         "quarter of a run.",
         panels["levels"],
     )
-    parts += courses(entries)
-    body = "\n".join(part for part in parts if part)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body>\n{body}\n</body></html>\n"
-    )
+    return parts + courses(entries)
 
 
 def as_table(
@@ -149,8 +219,7 @@ def sample_grids(entries: Sequence[Entry]) -> list[str]:
     for number, entry in enumerate(entries):
         for (profile, sampler), path in grids(entry).items():
             kimg = float(path.stem.removeprefix("kimg"))
-            chip = f'<span class=chip style="background:{colour(number)}"></span>'
-            title = f"{chip}{html.escape(entry.name)}"
+            title = f"{chip(number)}{html.escape(entry.name)}"
             caption = f"{html.escape(profile)}, {kimg:g} kimg"
             panel = Panel(f"{entry.name}, {sampler}", title, caption, path.read_bytes())
             found.setdefault(nfe_of(sampler), []).append(panel)

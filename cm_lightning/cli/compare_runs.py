@@ -12,7 +12,7 @@ import numpy as np
 
 from cm_lightning.cli.evaluate import RESULTS
 from cm_lightning.cli.run_dir import flatten, read_config
-from cm_lightning.cli.study import RECORD
+from cm_lightning.cli.study_report import RECORD
 from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.evaluation import read_metrics
 from cm_lightning.types import InputError
@@ -20,7 +20,6 @@ from cm_lightning.types import InputError
 __all__ = [
     "SAME",
     "Entry",
-    "calls",
     "curves",
     "distinct",
     "grids",
@@ -102,11 +101,6 @@ def nfe_of(key: str) -> str:
     """Columns of the table: the number of network calls in a metric's name."""
     match = re.search(r"nfe ?(\d+)", key, re.IGNORECASE)
     return "?" if match is None else match[1]
-
-
-def calls(nfe: str) -> str:
-    """A number of network calls in words."""
-    return f"{nfe} network call{'s' if nfe != '1' else ''}"
 
 
 def curves(entry: Entry) -> dict[str, list[tuple[float, float, float]]]:

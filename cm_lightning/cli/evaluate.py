@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cm_lightning.callbacks.run_record import device_name, versions, write_text
 from cm_lightning.cli.errors import CommandParser, finite, readable_errors, whole
-from cm_lightning.cli.study import table
+from cm_lightning.cli.study_report import table
 from cm_lightning.data import ImageDataModule
 from cm_lightning.documents import build, check_form, one_line, read_mapping
 from cm_lightning.evaluation import (

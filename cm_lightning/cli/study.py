@@ -13,33 +13,23 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from scipy import stats
 
 from cm_lightning.callbacks.run_record import write_text
 from cm_lightning.cli.errors import CommandParser, fail, readable_errors
 from cm_lightning.cli.fit import GROUPS, SCALARS
 from cm_lightning.cli.keys import check_keys
-from cm_lightning.cli.study_file import Arm, Study, Tuning, read_study
+from cm_lightning.cli.study_file import Arm, Study, Tuning, read_study, scaled
+from cm_lightning.cli.study_report import RECORD, search_table, summary
 from cm_lightning.documents import check_form, read_mapping
+from cm_lightning.evaluation import read_metrics
 from cm_lightning.types import InputError
 
-__all__ = ["execute", "interval", "main", "option_words", "summary", "table"]
+__all__ = ["execute", "main", "option_words"]
 
 COMMAND = "cm-study"
-
-
-RECORD = {
-    "regime": str,
-    "parameters": int,
-    "total_kimg": float,
-    "starts": [{"seconds?": float}],
-    "data_fingerprint?": str,
-    "results?": {"kimg": float, "last": {...: float}, "measured_with?": dict},
-}
-"""Form of ``run.json``."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +39,11 @@ class Run:
     name: str
     config: Path
     options: dict[str, Any]
-    evaluate: list[str]
+    evaluate: dict[str, list[str]]
+
+    def needs(self, name: str) -> bool:
+        """Whether its options name another run of the study."""
+        return f"{{study}}/{name}" in json.dumps(self.options)
 
 
 class Runner:
@@ -59,13 +53,26 @@ class Runner:
         out: Folder of the study.
         total: Number of runs, for the progress line.
         jobs: Processes at a time, >= 1; they share the cores.
+        first: Runs that others need; those that need none are made beside them.
     """
 
-    def __init__(self, out: Path, total: int, jobs: int) -> None:
+    def __init__(self, out: Path, total: int, jobs: int, first: Sequence[Run] = ()) -> None:
         self.out, self.total, self.jobs = out, total, jobs
         self.number = self.trained = 0
         self._started = time.perf_counter()
         self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(jobs)
+        self._first = {run.name: self._pool.submit(self._one, run) for run in first}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def first(self) -> dict[str, dict[str, float]]:
+        """Results of the runs that others need."""
+        return {name: future.result() for name, future in self._first.items()}
 
     def __call__(self, runs: Sequence[Run]) -> list[dict[str, float]]:
         """Results of runs, trained or continued if need be.
@@ -73,13 +80,17 @@ class Runner:
         Raises:
             InputError: If one fails.
         """
-        with ThreadPoolExecutor(self.jobs) as pool:
-            futures = [pool.submit(self._one, run) for run in runs]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        waiting = [any(map(run.needs, self._first)) for run in runs]
+        order = sorted(range(len(runs)), key=waiting.__getitem__)
+        futures = {place: self._pool.submit(self._later, runs[place]) for place in order}
+        return [futures[place].result() for place in range(len(runs))]
+
+    def _later(self, run: Run) -> dict[str, float]:
+        """Make a run after those it needs, which were queued before it."""
+        for name, future in self._first.items():
+            if run.needs(name):
+                future.result()
+        return self._one(run)
 
     def _one(self, run: Run) -> dict[str, float]:
         folder = self.out / run.name
@@ -92,9 +103,11 @@ class Runner:
             found = finished(folder)
             if found is None:
                 raise InputError(f"{folder} ended without results; see {folder}.log.")
-        if run.evaluate:
-            self._command(run, ["cm_lightning.cli.evaluate", str(folder), *run.evaluate])
-            found |= evaluated(folder)
+        for name, words in run.evaluate.items():
+            place = folder / f"eval-{name}"
+            where = ["--out", str(place)]
+            self._command(run, ["cm_lightning.cli.evaluate", str(folder), *where, *words])
+            found |= evaluated(name, place)
         with self._lock:
             self.number += 1
             self.trained += missing
@@ -137,19 +150,24 @@ class Runner:
 def option_words(options: dict[str, Any], out: Path) -> list[str]:
     """Options as the words of a command line; ``{study}`` stands for the study's folder."""
     texts = {
-        key: value.replace("{study}", str(out)) if isinstance(value, str) else json.dumps(value)
+        key: (value if isinstance(value, str) else json.dumps(value)).replace("{study}", str(out))
         for key, value in options.items()
     }
     return [f"--{key}={text}" for key, text in texts.items()]
 
 
-def evaluated(folder: Path) -> dict[str, float]:
-    """Mean Frechet distances of ``cm-eval`` over its seeds, by profile, sampling and guidance."""
-    record = json.loads((folder / "eval" / "eval.json").read_text(encoding="utf-8"))
+def evaluated(name: str, folder: Path) -> dict[str, float]:
+    """Mean Frechet distances of ``cm-eval`` over its seeds, by profile, sampling and guidance.
+
+    Args:
+        name: Name of the evaluation, the first word of each key.
+        folder: Where its results are.
+    """
+    record = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     found: dict[str, list[float]] = {}
     for row in record["results"]:
         guidance = "" if row["guidance"] == 1 else f", guidance {row['guidance']:g}"
-        key = f"eval/{row['ema']}/{row['sampling']}{guidance}"
+        key = f"{name}/{row['ema']}/{row['sampling']}{guidance}"
         found.setdefault(key, []).append(row["fd"])
     return {key: float(np.mean(values)) for key, values in found.items()}
 
@@ -185,7 +203,27 @@ def make_run(name: str, arm: Arm, seed: int, tune: Tuning | None, value: Any) ->
     return Run(f"{name}/{value}/seed{seed}", arm.config, chosen, arm.evaluate)
 
 
-def execute(study: Study, out: Path, only: Sequence[str] = (), jobs: int = 1) -> dict[str, Any]:
+def training_minutes(folders: Sequence[Path]) -> float:
+    """Minutes that training takes without evaluations: images by the median speed of all windows.
+
+    Args:
+        folders: Finished runs of one length.
+    """
+    speeds = [
+        row["speed/images_per_second"]
+        for folder in folders
+        for row in read_metrics(folder / "metrics.csv")
+        if row.get("speed/images_per_second")
+    ]
+    if not speeds:
+        raise InputError(f"{folders[0]} logged no speed; time_of needs diagnostics.")
+    record = read_mapping(folders[0] / "run.json")
+    return float(1000 * record["total_kimg"] / np.median(speeds) / 60)
+
+
+def execute(
+    study: Study, out: Path, only: Sequence[str] = (), jobs: int = 1, search: bool = False
+) -> dict[str, Any]:
     """Run a study.
 
     Args:
@@ -193,50 +231,101 @@ def execute(study: Study, out: Path, only: Sequence[str] = (), jobs: int = 1) ->
         out: Folder of its runs.
         only: Arms to run, all if empty.
         jobs: Runs at a time.
+        search: Search the values of all arms that are not tuned as another one, those known too,
+            and stop there.
 
     Returns:
-        Chosen values, mean results of the search, and results by arm, metric and seed.
+        What :data:`~cm_lightning.cli.study_report.OUTCOME` describes; after a search alone its
+        table as ``search``.
 
     Raises:
-        InputError: If a run fails, or an arm is tuned as one that does not run.
+        InputError: If a run fails, or an arm needs one that does not run.
     """
     arms = {name: arm for name, arm in study.arms.items() if not only or name in only}
     tune = study.tune
-    searched = [name for name, arm in arms.items() if tune and not arm.tuned_as]
+    known = {} if tune is None or search else tune.chosen
+    searched = [name for name, arm in arms.items() if tune and not (arm.tuned_as or name in known)]
     for arm in (study.first | arms).values():  # a mistake in the last arm is found before the first
         check_keys(["--config", str(arm.config), *option_words(arm.options, out)], GROUPS, SCALARS)
     for name, arm in arms.items():
-        if tune is not None and arm.tuned_as and arm.tuned_as not in searched:
-            raise InputError(f"arms.{name} is tuned as {arm.tuned_as}, which is not searched.")
+        tuned_as = arm.tuned_as if tune else None
+        if tuned_as and tuned_as not in searched and tuned_as not in known:
+            raise InputError(f"arms.{name} is tuned as {tuned_as}, which is not searched.")
+        for other in (arm.of, arm.time_of) if arm.time_of else ():
+            if other not in arms:
+                raise InputError(f"arms.{name} needs the time of {other}, which does not run.")
     tries = 0 if tune is None else len(tune.values) * len(tune.seeds)
-    total = len(study.first) + len(searched) * tries + len(arms) * len(study.seeds)
-    runner = Runner(out, total, jobs)
-    runner([Run(name, arm.config, arm.options, arm.evaluate) for name, arm in study.first.items()])
-    search = {} if tune is None else _search({name: arms[name] for name in searched}, tune, runner)
+    total = len(study.first) + len(searched) * tries + len(arms) * len(study.seeds) * (not search)
+    first = [Run(name, arm.config, arm.options, arm.evaluate) for name, arm in study.first.items()]
+    with Runner(out, total, jobs, first) as runner:
+        if search:
+            assert tune is not None
+            means = _search({name: arms[name] for name in searched}, tune, runner)
+            return {"key": tune.key, "search": means}
+        return _arms(study, arms, searched, known, runner)
+
+
+def _arms(
+    study: Study, arms: dict[str, Arm], searched: list[str], known: dict[str, Any], runner: Runner
+) -> dict[str, Any]:
+    """Search what is to be searched, then all runs: those of equal time last."""
+    tune = study.tune
+    means = {} if tune is None else _search({name: arms[name] for name in searched}, tune, runner)
+    best = {name: min(row, key=row.__getitem__) for name, row in means.items()}
     chosen: dict[str, Any] = {}
     for name, arm in arms.items():
         if tune is not None:
-            means = search[arm.tuned_as or name]
-            best = min(means, key=means.__getitem__)
-            chosen[name] = next(value for value in tune.values if str(value) == best)
-    runs = [
-        make_run(name, arm, seed, tune, chosen.get(name))
-        for name, arm in arms.items()
-        for seed in study.seeds
-    ]
-    found = iter(runner(runs))
-    results: dict[str, dict[str, list[float]]] = {}
-    for name in arms:
-        rows = [next(found) for _ in study.seeds]
-        results[name] = {key: [row[key] for row in rows] for key in rows[0]}
-    return {"seeds": study.seeds, "chosen": chosen, "search": search, "results": results}
+            source = name if name in known else arm.tuned_as or name
+            values = {str(value): value for value in tune.values}
+            chosen[name] = known[source] if source in known else values[best[source]]
+
+    def runs_of(name: str, options: dict[str, Any]) -> list[Run]:
+        changed = replace(arms[name], options=options)
+        return [make_run(name, changed, seed, tune, chosen.get(name)) for seed in study.seeds]
+
+    runs = {name: runs_of(name, arm.options) for name, arm in arms.items() if not arm.time_of}
+    found = iter(runner([run for group in runs.values() for run in group]))
+    results = {name: [next(found) for _ in group] for name, group in runs.items()}
+    shares: dict[str, float] = {}
+    for name, arm in arms.items():
+        if arm.of and arm.time_of:
+            theirs, ours = (
+                training_minutes([runner.out / run.name for run in runs[other]])
+                for other in (arm.time_of, arm.of)
+            )
+            shares[name] = float(f"{theirs / ours:.3g}")
+            runs[name] = runs_of(name, scaled(arm.options, study.lengths, shares[name]))
+    found = iter(runner([run for name in shares for run in runs[name]]))
+    results |= {name: [next(found) for _ in runs[name]] for name in shares}
+    return {
+        "title": study.title,
+        "seeds": study.seeds,
+        "arms": {
+            name: {"runs": [run.name for run in runs[name]]}
+            | (
+                {"share": shares[name], "of": arm.of, "time_of": arm.time_of}
+                if name in shares
+                else {}
+            )
+            | ({"tuned": chosen[name]} if name in chosen else {})
+            for name, arm in arms.items()
+        },
+        "first": runner.first(),
+        "key": tune.key if tune else "",
+        "search": means,
+        "results": {
+            name: {key: [row[key] for row in results[name]] for key in results[name][0]}
+            for name in arms
+        },
+        "questions": study.questions,
+    }
 
 
 def _search(arms: dict[str, Arm], tune: Tuning, runner: Runner) -> dict[str, dict[str, float]]:
     """Mean result of every arm and value over the seeds of the search."""
     keys = [(name, value) for name in arms for value in tune.values]
     runs = [
-        replace(make_run(name, arms[name], seed, tune, value), evaluate=[])
+        replace(make_run(name, arms[name], seed, tune, value), evaluate={})
         for name, value in keys
         for seed in tune.seeds
     ]
@@ -253,72 +342,6 @@ def _search(arms: dict[str, Arm], tune: Tuning, runner: Runner) -> dict[str, dic
     return means
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % confidence interval by Student's t.
-
-    Args:
-        values: Two or more independent results.
-    """
-    array = np.asarray(values, dtype=np.float64)
-    width = stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array))
-    return float(array.mean()), float(width)
-
-
-def summary(study: Study, outcome: dict[str, Any]) -> str:
-    """The outcome as Markdown: one table of arms, one of paired differences.
-
-    Args:
-        study: The study.
-        outcome: What :func:`execute` returned.
-    """
-    results: dict[str, dict[str, list[float]]] = outcome["results"]
-    metrics = list(dict.fromkeys(key for found in results.values() for key in found))
-    tuned = [] if study.tune is None else [study.tune.key]
-    head = ["arm", *tuned, *metrics]
-    rows = []
-    for name, found in results.items():
-        cells = [f"{outcome['chosen'][name]}"] if tuned else []
-        for metric in metrics:
-            known = metric in found
-            cells.append("{:.3f} ± {:.3f}".format(*interval(found[metric])) if known else "")
-        rows.append([name, *cells])
-    text = [
-        f"Mean ± 95 % interval (Student's t) over seeds {', '.join(map(str, study.seeds))}.",
-        table(head, rows),
-    ]
-    rows = []
-    for arm, base in study.compare:
-        if arm in results and base in results:
-            cells = []
-            for metric in metrics:
-                if metric not in results[arm] or metric not in results[base]:
-                    cells.append("")
-                    continue
-                a, b = np.array(results[arm][metric]), np.array(results[base][metric])
-                mean, width = interval(a - b)
-                cells.append(f"{mean:+.3f} ± {width:.3f} ({100 * mean / b.mean():+.1f} %)")
-            rows.append([f"{arm} − {base}", *cells])
-    if rows:
-        text += ["Differences seed by seed.", table(["pair", *metrics], rows)]
-    if study.tune is not None:
-        rows = [
-            [name, *(f"{means[str(value)]:.3f}" for value in study.tune.values)]
-            for name, means in outcome["search"].items()
-        ]
-        seeds = ", ".join(map(str, study.tune.seeds))
-        text += [
-            f"Search: mean of {study.tune.metric} over seeds {seeds}.",
-            table([study.tune.key, *map(str, study.tune.values)], rows),
-        ]
-    return "\n\n".join(text) + "\n"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``cm-study``."""
     parser = CommandParser(
@@ -331,6 +354,11 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--out", help="folder of the runs [runs/<name of the file>]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
     parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="arms to run [all]")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="search the tuned option, where tune.chosen names its value too, and stop there",
+    )
     options = parser.parse_args(args)
     with readable_errors(COMMAND):
         path = Path(options.study)
@@ -341,9 +369,14 @@ def main(args: list[str] | None = None) -> None:
         out = Path(options.out or Path("runs") / path.stem)
         if options.jobs < 1:
             fail(COMMAND, f"--jobs must be 1 or more, got {options.jobs}.")
-        outcome = execute(study, out, options.only, options.jobs)
+        if options.search and study.tune is None:
+            fail(COMMAND, f"--search: {path} has no `tune`.")
+        outcome = execute(study, out, options.only, options.jobs, options.search)
+        if options.search:
+            print(f"\n{search_table(outcome)}")
+            return
         write_text(out / "study.json", json.dumps(outcome, indent=2) + "\n")
-        text = summary(study, outcome)
+        text = summary(outcome, out)
         write_text(out / "study.md", text)
         print(f"\n{text}\nWritten to {out / 'study.md'} and {out / 'study.json'}.")
 

@@ -9,15 +9,16 @@ from typing import Any
 from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.types import InputError
 
-__all__ = ["Arm", "Study", "Tuning", "read_study"]
+__all__ = ["Arm", "Study", "Tuning", "read_study", "scaled"]
 
 FORM = {
+    "title?": str,
     "config?": str,
     "options?": dict,
     "arms": {...: (dict, type(None))},
     "seeds": [int],
     "tune?": dict,
-    "compare?": [[str]],
+    "questions?": {...: [[str]]},
     "first?": {...: (dict, type(None))},
     "lengths?": [str],
 }
@@ -28,7 +29,8 @@ ARM = {
     "tuned_as?": str,
     "of?": str,
     "share?": float,
-    "evaluate?": list,
+    "time_of?": str,
+    "evaluate?": {...: list},
 }
 """Form of one of its arms."""
 
@@ -42,12 +44,14 @@ class Tuning:
         values: Values to try.
         seeds: Seeds of the search; none of them may be a seed of the study.
         metric: Result whose mean over the seeds is minimised.
+        chosen: Values that an earlier search found, by arm; these arms are not searched again.
     """
 
     key: str
     values: list[Any]
     seeds: list[int]
     metric: str
+    chosen: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,19 @@ class Arm:
         config: Config file, relative to the study's file.
         options: Options of ``cm-fit`` on top of it.
         tuned_as: Take the tuned value of this arm instead of searching.
-        evaluate: Options of ``cm-eval`` for finished runs of this arm, none for no evaluation
-            besides that of the training run.
+        evaluate: Options of ``cm-eval`` for finished runs of this arm, by the name that its results
+            get; none for no evaluation besides that of the training run.
+        of: The arm it was derived from.
+        time_of: Arm in whose training time it is to be trained: its lengths are those of ``of``
+            times the ratio of the two arms' times, as measured in their finished runs.
     """
 
     config: Path
     options: dict[str, Any]
     tuned_as: str | None = None
-    evaluate: list[str] = field(default_factory=list)
+    evaluate: dict[str, list[str]] = field(default_factory=dict)
+    of: str | None = None
+    time_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,16 +85,23 @@ class Study:
         arms: Arms by name.
         seeds: Seeds of the reported runs.
         tune: Search per arm, ``None`` for none.
-        compare: Pairs (arm, baseline) whose difference is taken seed by seed.
+        questions: What the study asks, in words, with the pairs that answer: an arm and its
+            baseline, whose difference is taken seed by seed. Either side may name one result of its
+            arm, as ``ect | eval/ema_0.9/sigmas 80``; without, all results that every arm has are
+            compared.
         first: Runs made once before all others, by name, such as a teacher; options of arms find
             them at ``{study}/<name>``.
+        lengths: Options that hold a length in thousands of images and scale with it.
+        title: What it is, in a few words.
     """
 
     arms: dict[str, Arm]
     seeds: list[int]
     tune: Tuning | None
-    compare: list[tuple[str, str]]
+    questions: dict[str, list[list[str]]]
     first: dict[str, Arm] = field(default_factory=dict)
+    lengths: list[str] = field(default_factory=list)
+    title: str = "A study"
 
 
 def read_study(path: Path) -> Study:
@@ -93,39 +109,57 @@ def read_study(path: Path) -> Study:
 
     Args:
         path: YAML with ``config``, ``options`` (both for all arms), ``arms``, ``seeds`` and, as
-            wanted, ``first``, ``tune``, ``lengths`` and ``compare``. An arm may be ``of`` an
-            earlier one, whose options it takes; with a ``share`` the options named by ``lengths``
-            are multiplied by it, which is how arms of equal time are made.
+            wanted, ``title``, ``first``, ``tune``, ``lengths`` and ``questions``. An arm may be
+            ``of`` an earlier one, whose options it takes; with a ``share`` the options named by
+            ``lengths`` are multiplied by it, with ``time_of`` by what makes its training time that
+            of another arm.
 
     Raises:
         InputError: If a key is unknown or missing, or does not fit the others.
     """
     content = read_mapping(path, "study")
-    allowed = {"config", "options", "arms", "seeds", "tune", "compare", "first", "lengths"}
+    allowed = {key.removesuffix("?") for key in FORM}
     _check_keys(content, allowed, {"arms", "seeds"}, str(path))
     check_form(content, FORM, str(path))
-    arms = _arms(content, "arms", content.get("options") or {}, path)
-    first = _arms(content | {"arms": content.get("first") or {}}, "first", {}, path)
     tune = None
     if content.get("tune") is not None:
         names = {field.name for field in fields(Tuning)}
-        _check_keys(content["tune"], names, names, f"{path}: tune")
-        tuning = {"key": str, "values": list, "seeds": [int], "metric": str}
+        _check_keys(content["tune"], names, names - {"chosen"}, f"{path}: tune")
+        tuning = {"key": str, "values": list, "seeds": [int], "metric": str, "chosen?": dict}
         check_form(content["tune"], tuning, f"{path}: tune")
         if not content["tune"]["values"] or not content["tune"]["seeds"]:
             raise InputError(f"{path}: tune needs one value and one seed at least.")
         tune = Tuning(**content["tune"])
-    pairs = [tuple(pair) for pair in content.get("compare") or []]
-    if any(len(pair) != 2 for pair in pairs):
-        raise InputError(f"{path}: compare must list pairs of an arm and its baseline.")
-    study = Study(arms, list(content["seeds"]), tune, pairs, first)
+    arms = _arms(content, "arms", content.get("options") or {}, path)
+    first = _arms(content | {"arms": content.get("first") or {}}, "first", {}, path)
+    questions = content.get("questions") or {}
+    if any(len(pair) != 2 for pairs in questions.values() for pair in pairs):
+        raise InputError(f"{path}: questions must hold pairs of an arm and its baseline.")
+    lengths, title = content.get("lengths") or [], content.get("title") or path.stem
+    study = Study(arms, list(content["seeds"]), tune, questions, first, lengths, title)
     _check(study, path)
     return study
 
 
+def scaled(options: dict[str, Any], lengths: list[str], share: float) -> dict[str, Any]:
+    """Options with their lengths multiplied.
+
+    Args:
+        options: Options of an arm.
+        lengths: Which of them hold a length; those that an arm does not have are left out.
+        share: Factor > 0; lengths keep four digits.
+    """
+    changed = {
+        key: float(f"{share * options[key]:.4g}")
+        for key in lengths
+        if key in options and share != 1
+    }
+    return options | changed
+
+
 def _arms(content: dict[str, Any], part: str, common: dict[str, Any], path: Path) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
-    allowed = {"config", "options", "tuned_as", "of", "share", "evaluate"}
+    allowed = {key.removesuffix("?") for key in ARM}
     for name, given in content["arms"].items():
         given, where = given or {}, f"{path}: {part}.{name}"
         _check_keys(given, allowed, set(), where)
@@ -141,12 +175,23 @@ def _arms(content: dict[str, Any], part: str, common: dict[str, Any], path: Path
         share = float(given.get("share", 1))
         if not share > 0:
             raise InputError(f"{where}: share must be positive, got {share:g}.")
-        for key in content.get("lengths") or []:
-            if key in options and share != 1:
-                options = options | {key: float(f"{share * options[key]:.4g}")}
-        tuned_as = given.get("tuned_as", given.get("of") if content.get("tune") else None)
-        words = [str(word) for word in given.get("evaluate") or []]
-        arms[name] = Arm(place, options, tuned_as, words)
+        options = scaled(options, content.get("lengths") or [], share)
+        of, time_of = given.get("of"), given.get("time_of")
+        if time_of is not None:
+            other = arms.get(time_of)
+            if base is None or base.time_of or other is None or other.time_of or share != 1:
+                raise InputError(
+                    f"{where}: time_of takes an earlier arm of a fixed length, and needs `of`, "
+                    "another one, and no share."
+                )
+        chosen = (content.get("tune") or {}).get("chosen") or {}
+        tuned = content.get("tune") and name not in chosen
+        tuned_as = given.get("tuned_as", of if tuned else None)
+        evaluate = {
+            key: [str(word) for word in words]
+            for key, words in (given.get("evaluate") or {}).items()
+        }
+        arms[name] = Arm(place, options, tuned_as, evaluate, of, time_of)
     return arms
 
 
@@ -160,8 +205,10 @@ def _check_keys(given: Any, allowed: set[str], needed: set[str], where: str) -> 
 
 
 def _check(study: Study, path: Path) -> None:
-    named = [arm for pair in study.compare for arm in pair]
+    pairs = [pair for pairs in study.questions.values() for pair in pairs]
+    named = [side.partition(" | ")[0] for pair in pairs for side in pair]
     named += [arm.tuned_as for arm in study.arms.values() if arm.tuned_as]
+    named += [] if study.tune is None else list(study.tune.chosen)
     for name in named:
         if name not in study.arms:
             raise InputError(f"{path} names '{name}', but its arms are {', '.join(study.arms)}.")

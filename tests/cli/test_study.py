@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
-from cm_lightning.cli.study import interval, option_words, summary
-from cm_lightning.cli.study_file import Arm, Study, read_study
+from cm_lightning.cli.study import Run, Runner, option_words, training_minutes
+from cm_lightning.cli.study_file import read_study
+from cm_lightning.cli.study_report import answers, interval, label, read_outcome
+from cm_lightning.evaluation import read_metrics
 from tests.cli.conftest import DIGITS, ROOT, TINY
 
 METRIC = "fd_digits66/ema_0.9/nfe1"
@@ -34,7 +36,7 @@ def study(tmp_path):
             "ect": None,
             "huber": {"options": {"model.distance": "PseudoHuber"}, "tuned_as": "ect"},
         },
-        "compare": [["huber", "ect"]],
+        "questions": {"Is Huber better?": [["huber", "ect"]]},
     }
     config = yaml.safe_load(Path(DIGITS).read_text())
     tiny = yaml.safe_load(Path(TINY).read_text())
@@ -58,8 +60,8 @@ def test_a_study_trains_tunes_continues_and_tabulates(study, program, tmp_path):
     done = program("cm-study", study(), "--out", out, "--jobs", 2)
     assert done.code == 0, done.err
     outcome = json.loads((out / "study.json").read_text())
-    lr = outcome["chosen"]["ect"]
-    assert outcome["chosen"]["huber"] == lr
+    lr = outcome["arms"]["ect"]["tuned"]
+    assert outcome["arms"]["huber"]["tuned"] == lr
     tried = {
         value: json.loads((out / "ect" / value / "seed7/run.json").read_text())
         for value in ("0.001", "0.01")
@@ -79,7 +81,9 @@ def test_a_study_trains_tunes_continues_and_tabulates(study, program, tmp_path):
 
     pair = np.array([outcome["results"][arm][METRIC] for arm in ("ect", "huber")])
     mean, width = interval(pair[1] - pair[0])
-    assert f"{mean:+.3f} ± {width:.3f}" in (out / "study.md").read_text()
+    text = (out / "study.md").read_text()
+    assert f"{mean:+.3f} ± {width:.3f}" in text
+    assert "### Is Huber better?" in text
 
     kept = (out / "ect" / str(lr) / "seed1/run.json").stat().st_mtime_ns
     shutil.rmtree(out / "huber" / str(lr) / "seed2")
@@ -92,14 +96,60 @@ def test_a_study_trains_tunes_continues_and_tabulates(study, program, tmp_path):
     assert last.count("Finished at") == 2
 
 
-def test_tables_of_known_numbers(tmp_path):
-    arms = {name: Arm(tmp_path, {}) for name in ("base", "better")}
-    study = Study(arms, [1, 2, 3], None, [("better", "base")])
-    results = {"base": {"fd": [4.0, 5.0, 6.0]}, "better": {"fd": [3.0, 3.0, 3.0]}}
-    text = summary(study, {"results": results, "chosen": {}, "search": {}})
-    assert "| base | 5.000 ± 2.484 |" in text
-    assert "| better | 3.000 ± 0.000 |" in text
-    assert "| better − base | -2.000 ± 2.484 (-40.0 %) |" in text
+KNOWN = {
+    "title": "known",
+    "seeds": [1, 2, 3],
+    "arms": {"base": {"runs": ["a", "b", "c"]}, "better": {"runs": ["d", "e", "f"]}},
+    "first": {},
+    "key": "",
+    "search": {},
+    "results": {
+        "base": {"fd/ema/nfe1": [4.0, 5.0, 6.0], "fd/ema/nfe2": [1.0, 1.0, 2.0], "own": [7, 8, 9]},
+        "better": {"fd/ema/nfe1": [2.0, 3.0, 4.0], "fd/ema/nfe2": [0.0, 2.0, 2.0]},
+    },
+    "questions": {
+        "Which?": [["better", "base"]],
+        "Inside one arm?": [["base | own", "base | fd/ema/nfe1"], ["base | none", "better | none"]],
+        "Unanswered?": [["base | none", "better"]],
+    },
+}
+
+
+def test_answers_of_known_numbers():
+    found = dict(answers(KNOWN))
+    assert list(found) == ["Which?", "Inside one arm?"]
+    one, two = found["Which?"]
+    assert (one.result, two.result) == ("1 call", "2 calls")
+    assert one.difference == (-2.0, 0.0)
+    assert (one.verdict, two.verdict) == ("better", "open")
+    assert two.difference == (0.0, pytest.approx(2.484, abs=1e-3))
+    (inside,) = found["Inside one arm?"]
+    assert inside.difference == (3.0, 0.0)
+    assert inside.verdict == "worse"
+    assert inside.baseline == "base, ema, nfe1"
+
+
+def test_labels_say_what_differs():
+    keys = ["fd_a10k/ema/nfe1", "fd_b10k/ema/nfe2", "steps/ema/sigmas 80 2"]
+    assert [label(key, keys[:1]) for key in keys[:1]] == ["1 call"]
+    words = ["fd_a10k, 1 call", "fd_b10k, 2 calls", "steps, sigmas 80 2"]
+    assert [label(key, keys) for key in keys] == words
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"results": {"base": {}}},
+        {"seeds": [1, 2]},
+        {"questions": {"?": [["a"]]}},
+        {"arms": {"base": {"runs": ["a"]}, "better": {"runs": ["b"]}}},
+    ],
+)
+def test_an_outcome_that_does_not_fit_is_refused(changes, program, tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps(KNOWN | changes))
+    done = program("cm-compare", tmp_path, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "study.json does not hold a result of every arm and seed" in done.err
 
 
 def test_interval_is_students():
@@ -113,7 +163,10 @@ def test_interval_is_students():
     [
         ({"seeds": [1]}, "seeds must be two or more"),
         ({"seeds": [1, 7]}, "tune.seeds and seeds share [7]"),
-        ({"compare": [["huber", "sct"]]}, "names 'sct', but its arms are ect, huber"),
+        ({"questions": {"?": [["huber", "sct"]]}}, "names 'sct', but its arms are ect, huber"),
+        ({"questions": {"?": [["huber"]]}}, "questions must hold pairs"),
+        ({"arms": {"a": {}, "b": {"of": "a", "time_of": "c"}}}, "b: time_of takes an earlier arm"),
+        ({"arms": {"a": {}, "b": {"time_of": "a"}}}, "b: time_of takes an earlier arm"),
         ({"arms": {"a": {"colour": {}}}}, "knows no 'colour'"),
         ({"arms": {"a": {"config": "none.yaml"}}}, "arms.a has no config file (none.yaml)"),
         ({"tune": {"key": "x"}}, "tune lacks"),
@@ -138,30 +191,98 @@ def test_a_failing_run_stops_the_study_with_its_message(study, program, tmp_path
     assert "--jobs must be 1 or more" in program("cm-study", path, "--jobs", 0).err
 
 
-def test_first_runs_shares_and_evaluations(study, program, tmp_path):
+def test_first_runs_shares_evaluations_and_times(study, program, tmp_path):
     """A teacher first; an arm of another with a share of its lengths; scores by cm-eval."""
     out = tmp_path / "out"
-    short = {"model.total_kimg": 0.064, "fid.every_kimg": None}
+    short = {"model.total_kimg": 0.64, "fid.every_kimg": None}
+    short["ema.profiles"] = [{"class_path": "ConstantEMA", "init_args": {"rate": 0.9}}]
     arms = {
         "tuned": {"options": {"model.init.path": "{study}/start"}, "evaluate": EVALUATE},
-        "longer": {"of": "tuned", "share": 2, "evaluate": EVALUATE},
+        "longer": {"of": "tuned", "share": 2},
+        "timed": {"of": "tuned", "time_of": "longer"},
     }
     changes = {"first": {"start": {"options": short}}, "lengths": ["model.total_kimg"]}
-    path = study(arms=arms, tune=None, compare=[["longer", "tuned"]], **changes)
+    changes |= {"options": short, "questions": {"Is longer better?": [["longer", "tuned"]]}}
+    path = study(arms=arms, tune=None, **changes)
     done = program("cm-study", path, "--out", out, "--jobs", 2)
     assert done.code == 0, done.err
     record = json.loads((out / "longer/seed1/run.json").read_text())
-    assert record["results"]["kimg"] == 0.128
+    assert record["results"]["kimg"] == 1.28
     assert record["origins"]["init"]["path"] == str(out / "start")
-    found = json.loads((out / "study.json").read_text())["results"]["tuned"]
-    scores = json.loads((out / "tuned/seed1/eval/eval.json").read_text())["results"]
-    (key,) = [key for key in found if key.startswith("eval/")]
-    assert key == "eval/ema_0.9/sigmas 80 2 0.5"
+    outcome = read_outcome(out)
+    found = outcome["results"]["tuned"]
+    scores = json.loads((out / "tuned/seed1/eval-steps/eval.json").read_text())["results"]
+    (key,) = [key for key in found if key.startswith("steps/")]
+    assert key == "steps/ema_0.9/sigmas 80 2 0.5"
     assert found[key][0] == np.mean([row["fd"] for row in scores])
-    assert f"| {key} |" in (out / "study.md").read_text()
+    assert "| tuned | steps/ema_0.9/sigmas 80 2 0.5 |" in (out / "study.md").read_text()
+    assert set(outcome["first"]["start"]) == {METRIC, METRIC.replace("nfe1", "nfe2")}
+
+    # the timed arm takes as many images as fit, by the speeds of both arms' runs
+    minutes = {
+        arm: training_minutes([out / arm / f"seed{seed}" for seed in (1, 2)])
+        for arm in ("tuned", "longer")
+    }
+    share = outcome["arms"]["timed"]["share"]
+    assert share == float(f"{minutes['longer'] / minutes['tuned']:.3g}")
+    total = json.loads((out / "timed/seed1/run.json").read_text())["total_kimg"]
+    assert total == float(f"{share * 0.64:.4g}")
+    rows = read_metrics(out / "tuned/seed1/metrics.csv")
+    speeds = [row["speed/images_per_second"] for row in rows if "speed/images_per_second" in row]
+    assert minutes["tuned"] == pytest.approx(640 / 60 / np.median(speeds), rel=1)
+
+    # its page
+    page = tmp_path / "page"
+    done = program("cm-compare", out, "--out", page)
+    assert done.code == 0, done.err
+    text = (page / "comparison.html").read_text()
+    assert "<h3>Is longer better?</h3>" in text
+    assert "timed" in text
+    assert (page / "figures" / "arms_fd_digits66_ema_0_9_nfe1.png").is_file()
+    assert (page / "figures" / "samples_nfe1.png").is_file()
+    assert "Is longer better?" in (page / "comparison.md").read_text()
+    assert program("cm-compare", out, out / "start", "--out", page).code == 2
 
 
-EVALUATE = ["--n", "66", "--seeds", "0", "1", "--sigmas", "80", "2", "0.5"]
+def test_a_search_alone_and_its_result(study, program, tmp_path):
+    """--search prints the search and trains nothing else; chosen values are not searched again."""
+    out = tmp_path / "out"
+    done = program("cm-study", study(), "--out", out, "--search", "--jobs", 2)
+    assert done.code == 0, done.err
+    assert "| ect |" in done.out
+    assert "| huber |" not in done.out
+    assert not (out / "study.json").exists()
+    assert {path.name for path in out.glob("*/*/seed*") if path.is_dir()} == {"seed7"}
+    tune = yaml.safe_load((tmp_path / "study.yaml").read_text())["tune"]
+    path = study(tune=tune | {"chosen": {"ect": 1e-3}})
+    done = program("cm-study", path, "--out", out, "--jobs", 2)
+    assert done.code == 0, done.err
+    assert json.loads((out / "study.json").read_text())["search"] == {}
+    assert {path.name for path in (out / "huber").iterdir()} == {"0.001"}
+    assert "has no `tune`" in program("cm-study", study(tune=None), "--search").err
+
+
+def test_runs_that_need_no_first_run_do_not_wait(tmp_path):
+    """Order of a pool of one: the first run, then those without it, results as asked for."""
+    done = []
+
+    class Recorded(Runner):
+        def _one(self, run):
+            done.append(run.name)
+            return {"place": len(done)}
+
+    runs = [
+        Run("tuned", tmp_path, {"model.init.path": "{study}/start"}, {}),
+        Run("nested", tmp_path, {"a": {"b": ["{study}/start/x"]}}, {}),
+        Run("scratch", tmp_path, {"model.init.path": "start"}, {}),
+    ]
+    with Recorded(tmp_path, 4, 1, [Run("start", tmp_path, {}, {})]) as runner:
+        results = runner(runs)
+    assert done == ["start", "scratch", "tuned", "nested"]
+    assert [row["place"] for row in results] == [3, 4, 2]
+
+
+EVALUATE = {"steps": ["--n", "66", "--seeds", "0", "1", "--sigmas", "80", "2", "0.5"]}
 
 
 @pytest.mark.parametrize(

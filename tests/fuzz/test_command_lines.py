@@ -52,7 +52,7 @@ STUDY = {
     "seeds": [1, 2],
     "tune": {"key": "model.optimizer.init_args.lr", "values": [1e-3], "seeds": [3], "metric": "x"},
     "arms": {"a": {"options": {"model.distance": "L2"}}, "b": {"tuned_as": "a"}},
-    "compare": [["b", "a"]],
+    "questions": {"Which?": [["b", "a"]]},
 }
 
 
@@ -192,7 +192,7 @@ def test_mistakes(everything, case):
 
 def test_a_study_whose_run_fails_leaves_nothing(everything):
     with workplace(*everything) as folder:
-        study = STUDY | {"options": {"data.resolution": 12}, "tune": None, "compare": []}
+        study = STUDY | {"options": {"data.resolution": 12}, "tune": None, "questions": {}}
         study["arms"] = {"a": {"options": {"model.distance": "L2"}}}
         (folder / "study.yaml").write_text(yaml.safe_dump(study))
         assert "the network takes (1, 8, 8)" in refused(

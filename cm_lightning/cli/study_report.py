@@ -1,0 +1,298 @@
+"""What a study found: tables of arms, answers to its questions, a figure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from cm_lightning.documents import check_form, read_mapping
+from cm_lightning.types import InputError
+
+__all__ = [
+    "OUTCOME",
+    "RECORD",
+    "Answer",
+    "answers",
+    "arms_table",
+    "calls",
+    "interval",
+    "label",
+    "main_results",
+    "other_results",
+    "read_outcome",
+    "search_table",
+    "summary",
+    "table",
+]
+
+RECORD = {
+    "regime": str,
+    "parameters": int,
+    "total_kimg": float,
+    "starts": [{"seconds?": float}],
+    "data_fingerprint?": str,
+    "results?": {"kimg": float, "last": {...: float}, "measured_with?": dict},
+}
+"""Form of ``run.json``."""
+
+OUTCOME = {
+    "title": str,
+    "seeds": [int],
+    "arms": {...: {"runs": [str], "share?": float, "of?": str, "time_of?": str, "tuned?": object}},
+    "first": {...: {...: float}},
+    "key": str,
+    "search": {...: {...: float}},
+    "results": {...: {...: [float]}},
+    "questions": {...: [[str]]},
+}
+"""Form of ``study.json``: by arm its runs, seed by seed, and every result in the same order."""
+
+
+class Answer(NamedTuple):
+    """One comparison of a study.
+
+    Attributes:
+        arm: The arm, with the name of its result if the question names one.
+        baseline: What it is compared with.
+        result: The result, in words; empty if the sides name theirs.
+        ours: Values of the arm, seed by seed.
+        theirs: Values of the baseline.
+    """
+
+    arm: str
+    baseline: str
+    result: str
+    ours: list[float]
+    theirs: list[float]
+
+    @property
+    def difference(self) -> tuple[float, float]:
+        """Mean and half width of the 95 % interval of arm - baseline, seed by seed."""
+        return interval(np.subtract(self.ours, self.theirs))
+
+    @property
+    def verdict(self) -> str:
+        """``better``, ``worse``, or ``open`` where the interval holds zero."""
+        mean, width = self.difference
+        if abs(mean) <= width or not np.isfinite(width):
+            return "open"
+        return "better" if mean < 0 else "worse"
+
+
+def interval(values: Sequence[float] | np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Mean and half width of its 95 % confidence interval by Student's t.
+
+    Args:
+        values: Two or more independent results.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    width = stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array))
+    return float(array.mean()), float(width)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def calls(nfe: str) -> str:
+    """A number of network calls in words."""
+    return f"{nfe} network call{'s' if nfe != '1' else ''}"
+
+
+def read_outcome(folder: Path) -> dict[str, Any]:
+    """``study.json`` of a study's folder.
+
+    Raises:
+        InputError: If it is not what ``cm-study`` writes, or its arms and questions do not fit.
+    """
+    path = folder / "study.json"
+    outcome = read_mapping(path)
+    check_form(outcome, OUTCOME, str(path))
+    arms, results = outcome["arms"], outcome["results"]
+    whole = list(arms) == list(results) and len(outcome["seeds"]) > 1 and arms
+    lengths = {len(arm["runs"]) for arm in arms.values()}
+    lengths |= {len(values) for found in results.values() for values in found.values()}
+    pairs = [pair for pairs in outcome["questions"].values() for pair in pairs]
+    if not whole or lengths != {len(outcome["seeds"])} or any(len(pair) != 2 for pair in pairs):
+        raise InputError(
+            f"{path} does not hold a result of every arm and seed: run cm-study again."
+        )
+    return outcome
+
+
+def main_results(outcome: Mapping[str, Any]) -> list[str]:
+    """Names of the results that every arm has."""
+    found: list[dict[str, Any]] = list(outcome["results"].values())
+    return [key for key in found[0] if all(key in other for other in found)]
+
+
+def label(key: str, among: Sequence[str]) -> str:
+    """A result in words: number of network calls, and what else tells it from others.
+
+    Args:
+        key: Its name, as ``fd_digits2k/ema_0.993/nfe1``.
+        among: The others.
+    """
+    parts = key.split("/")
+    others = [[*other.split("/"), "", ""] for other in among]
+    kept = [part for i, part in enumerate(parts[:-1]) if len({other[i] for other in others}) > 1]
+    match = re.fullmatch(r"nfe(\d+)", parts[-1])
+    last = parts[-1] if match is None else f"{match[1]} call{'s' if match[1] != '1' else ''}"
+    return ", ".join([*kept, last])
+
+
+def answers(outcome: Mapping[str, Any]) -> Iterator[tuple[str, list[Answer]]]:
+    """Questions with the comparisons that answer them; those without results are left out."""
+    results, main = outcome["results"], main_results(outcome)
+    for question, pairs in outcome["questions"].items():
+        found = []
+        for pair in pairs:
+            (arm, _, ours), (baseline, _, theirs) = (side.partition(" | ") for side in pair)
+            for key in [None] if ours or theirs else main:
+                left = results.get(arm, {}).get(key or ours)
+                right = results.get(baseline, {}).get(key or theirs)
+                if left is None or right is None:
+                    continue
+                if key is None:
+                    sides = _side(arm, ours), _side(baseline, theirs)
+                    found.append(Answer(*sides, "", left, right))
+                else:
+                    found.append(Answer(arm, baseline, label(key, main), left, right))
+        if found:
+            yield question, found
+
+
+def _side(arm: str, key: str) -> str:
+    return f"{arm}, {key.partition('/')[2].replace('/', ', ')}"
+
+
+def shown(values: Sequence[float]) -> str:
+    """Mean and interval."""
+    mean, width = interval(values)
+    return f"{mean:.3f} ± {width:.3f}"
+
+
+def arms_table(outcome: Mapping[str, Any], out: Path) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of arms.
+
+    Args:
+        outcome: The study.
+        out: Its folder, whose runs say how long they took.
+    """
+    main = main_results(outcome)
+    tuned = [outcome["key"].rpartition(".")[2]] if outcome["key"] else []
+    head = ["arm", *(label(key, main) for key in main), "kimg", "minutes", *tuned]
+    rows = []
+    for name, arm in outcome["arms"].items():
+        records = [read_mapping(out / run / "run.json") for run in arm["runs"]]
+        for record in records:
+            check_form(record, RECORD, f"run.json of {name}")
+        minutes = [sum(s.get("seconds", 0) for s in record["starts"]) / 60 for record in records]
+        row = [name, *(shown(outcome["results"][name][key]) for key in main)]
+        row += [f"{records[0]['total_kimg']:g}", f"{np.mean(minutes):.1f}"]
+        rows.append([*row, *([f"{arm.get('tuned', '')}"] if tuned else [])])
+    return head, rows
+
+
+def other_results(outcome: Mapping[str, Any]) -> list[list[str]]:
+    """Arm, name and value of what only some arms have, and of what was made first."""
+    main = main_results(outcome)
+    rows = [
+        [name, key, f"{value:.3f}"]
+        for name, found in outcome["first"].items()
+        for key, value in found.items()
+    ]
+    rows += [
+        [name, key, shown(values)]
+        for name, found in outcome["results"].items()
+        for key, values in found.items()
+        if key not in main
+    ]
+    return rows
+
+
+def search_table(outcome: Mapping[str, Any]) -> str:
+    """The search in Markdown, the lowest of a row in bold."""
+    values = list(dict.fromkeys(value for row in outcome["search"].values() for value in row))
+    rows = [
+        [
+            name,
+            *(
+                f"**{row[v]:.3f}**" if row[v] == min(row.values()) else f"{row[v]:.3f}"
+                for v in values
+            ),
+        ]
+        for name, row in outcome["search"].items()
+    ]
+    return table([outcome["key"], *values], rows)
+
+
+def explanation(outcome: Mapping[str, Any]) -> list[str]:
+    """How to read the tables, in paragraphs."""
+    main, seeds = main_results(outcome), ", ".join(map(str, outcome["seeds"]))
+    bases = dict.fromkeys(key.rpartition("/")[0] for key in main)
+    timed = {
+        name: (arm["time_of"], arm["share"])
+        for name, arm in outcome["arms"].items()
+        if "time_of" in arm and "share" in arm
+    }
+    lines = [
+        f"Values are {', '.join(bases)}: lower is better. Mean ± 95 % interval (Student's t) over "
+        f"training seeds {seeds}. kimg: thousands of images seen; minutes: of one run, its "
+        "evaluation included."
+    ]
+    if timed:
+        times = ", ".join(f"{name} {share:g} ({other})" for name, (other, share) in timed.items())
+        lines.append(
+            "Arms of equal time are trained on the share of their images that takes as long as "
+            f"another arm's training, by the speeds measured in this study: {times}."
+        )
+    return lines
+
+
+HOW = (
+    "Differences are taken seed by seed; an answer is open where the 95 % interval holds zero. "
+    "With several comparisons, one in twenty intervals misses by chance."
+)
+"""How to read the answers."""
+
+
+def answer_rows(found: Sequence[Answer]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of one question."""
+    rows = []
+    for answer in found:
+        mean, width = answer.difference
+        share = 100 * mean / np.mean(answer.theirs)
+        difference = f"{mean:+.3f} ± {width:.3f} ({share:+.1f} %)"
+        names = [answer.arm, answer.baseline, answer.result]
+        values = [shown(answer.ours), shown(answer.theirs)]
+        rows.append([*names, *values, difference, answer.verdict])
+    return ["arm", "baseline", "result", "arm's", "baseline's", "difference", "arm is"], rows
+
+
+def summary(outcome: Mapping[str, Any], out: Path) -> str:
+    """The study in Markdown.
+
+    Args:
+        outcome: What ``cm-study`` found, as :data:`OUTCOME` describes.
+        out: Folder of the study.
+    """
+    text = [f"# {outcome['title']}", *explanation(outcome), table(*arms_table(outcome, out))]
+    found = list(answers(outcome))
+    if found:
+        text += ["## Questions", HOW]
+    for question, pairs in found:
+        text += [f"### {question}", table(*answer_rows(pairs))]
+    others = other_results(outcome)
+    if others:
+        text += ["## Further results", table(["run", "result", "value"], others)]
+    if outcome["search"]:
+        text += ["## Search", "Means over the seeds of the search.", search_table(outcome)]
+    return "\n\n".join(text) + "\n"
