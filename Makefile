@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study-digits test lint types unit test-slow bench bench-gpu format clean
+.PHONY: help setup demo study-digits study-fashion test lint types unit test-slow bench bench-gpu format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -48,9 +48,13 @@ unit: $(READY)  ## the fast tests, one process per core
 test-slow: $(READY)  ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist load -m "slow"
 
-study-digits: $(READY)  ## every regime on digits, three seeds, with intervals
+study-digits: $(READY)  ## every regime on digits, three seeds, with intervals (an hour on 2 cores)
 	$(BIN)/cm-study configs/studies/digits8.yaml --jobs 2
-	$(BIN)/cm-compare runs/digits8/*/seed1 --out runs/digits8/comparison
+	$(BIN)/cm-compare runs/digits8 --out runs/digits8/comparison
+
+study-fashion: $(READY)  ## every regime on Fashion-MNIST at 32x32, for one GPU
+	$(BIN)/cm-study configs/studies/fashion32.yaml --jobs 3
+	$(BIN)/cm-compare runs/fashion32 --out runs/fashion32/comparison
 
 bench: $(READY)  ## the benchmarks, short (a few minutes on 2 cores)
 	@for what in "step --repeats 10" "references --repeats 10" "ema" "loader --images 10000" \

@@ -123,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", help="run directory, .ckpt file of a run, or weights folder")
     add("--config", help="YAML with `data` and `fid`, for weights without a run or other features")
+    add("--features", metavar="CLASS", help="compare over these instead, such as FashionFeatures")
     add("--out", help="folder for the results [SOURCE/eval]")
     add("--n", type=whole(), default=50_000, help="samples per seed [50000]")
     add(
@@ -308,6 +309,9 @@ def run(options: argparse.Namespace) -> None:
     if options.guidance == [1.0] and (options.worse or options.worse_ema):
         raise InputError("--worse and --worse_ema belong to --guidance.")
     config, where = read_config(source, options.config)
+    if options.features is not None:
+        config["fid"] = config["fid"] | {"features": options.features}
+        where = f"--features {options.features} or of {where}"
     against = read_against(config, where)
     named = choose_samplers(options, against.samplers)
     out = Path(options.out) if options.out else source / "eval"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ from cm_lightning.types import InputError
 __all__ = ["Arm", "Study", "Tuning", "read_study", "scaled"]
 
 FORM = {
+    "of?": str,
+    "share?": float,
     "title?": str,
     "config?": str,
     "options?": dict,
+    "evaluate?": {...: list},
     "arms": {...: (dict, type(None))},
     "seeds": [int],
     "tune?": dict,
@@ -108,19 +111,18 @@ def read_study(path: Path) -> Study:
     """Read a study's file.
 
     Args:
-        path: YAML with ``config``, ``options`` (both for all arms), ``arms``, ``seeds`` and, as
-            wanted, ``title``, ``first``, ``tune``, ``lengths`` and ``questions``. An arm may be
-            ``of`` an earlier one, whose options it takes; with a ``share`` the options named by
-            ``lengths`` are multiplied by it, with ``time_of`` by what makes its training time that
-            of another arm.
+        path: YAML with ``config``, ``options``, ``evaluate`` (these for all arms), ``arms``,
+            ``seeds`` and, as wanted, ``title``, ``first``, ``tune``, ``lengths`` and ``questions``.
+            An arm may be ``of`` an earlier one, whose options it takes; with a ``share`` the
+            options named by ``lengths`` are multiplied by it, with ``time_of`` by what makes its
+            training time that of another arm. A study may be ``of`` another file, whose keys it
+            takes: its own replace them, its ``options`` come on top of those of every arm and first
+            run, and its ``share`` multiplies all lengths.
 
     Raises:
         InputError: If a key is unknown or missing, or does not fit the others.
     """
-    content = read_mapping(path, "study")
-    allowed = {key.removesuffix("?") for key in FORM}
-    _check_keys(content, allowed, {"arms", "seeds"}, str(path))
-    check_form(content, FORM, str(path))
+    content, top, share = _read(path)
     tune = None
     if content.get("tune") is not None:
         names = {field.name for field in fields(Tuning)}
@@ -131,14 +133,47 @@ def read_study(path: Path) -> Study:
             raise InputError(f"{path}: tune needs one value and one seed at least.")
         tune = Tuning(**content["tune"])
     arms = _arms(content, "arms", content.get("options") or {}, path)
-    first = _arms(content | {"arms": content.get("first") or {}}, "first", {}, path)
+    alone = {"arms": content.get("first") or {}, "evaluate": None}
+    first = _arms(content | alone, "first", {}, path)
+    lengths, title = content.get("lengths") or [], content.get("title") or path.stem
+    arms, first = (
+        {
+            name: replace(arm, options=scaled(arm.options, lengths, share) | top)
+            for name, arm in group.items()
+        }
+        for group in (arms, first)
+    )
     questions = content.get("questions") or {}
     if any(len(pair) != 2 for pairs in questions.values() for pair in pairs):
         raise InputError(f"{path}: questions must hold pairs of an arm and its baseline.")
-    lengths, title = content.get("lengths") or [], content.get("title") or path.stem
     study = Study(arms, list(content["seeds"]), tune, questions, first, lengths, title)
     _check(study, path)
     return study
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], float]:
+    """A study's keys, the options on top of all others, and the factor of all lengths."""
+    content = read_mapping(path, "study")
+    allowed = {key.removesuffix("?") for key in FORM}
+    base = path.parent / str(content.get("of"))
+    needed = {"arms", "seeds"} if content.get("of") is None else set()
+    _check_keys(content, allowed, needed, str(path))
+    top: dict[str, Any] = {}
+    share = content.get("share", 1)
+    if content.get("of") is not None:
+        other = read_mapping(base, "study")
+        if "of" in other or base.parent != path.parent:
+            raise InputError(f"{path} is of {base}, which must lie beside it and stand alone.")
+        _check_keys(other, allowed, {"arms", "seeds"}, str(base))
+        top = content.pop("options", None) or {}
+        content = other | content
+    elif share != 1:
+        raise InputError(f"{path} has a share, which belongs to a study `of` another.")
+    check_form(content | {"options": top}, FORM, str(path))
+    check_form(content, FORM, str(base if top else path))
+    if not float(share) > 0:
+        raise InputError(f"{path}: share must be positive, got {share}.")
+    return content, top, float(share)
 
 
 def scaled(options: dict[str, Any], lengths: list[str], share: float) -> dict[str, Any]:
@@ -187,10 +222,8 @@ def _arms(content: dict[str, Any], part: str, common: dict[str, Any], path: Path
         chosen = (content.get("tune") or {}).get("chosen") or {}
         tuned = content.get("tune") and name not in chosen
         tuned_as = given.get("tuned_as", of if tuned else None)
-        evaluate = {
-            key: [str(word) for word in words]
-            for key, words in (given.get("evaluate") or {}).items()
-        }
+        scores = (content.get("evaluate") or {}) | (given.get("evaluate") or {})
+        evaluate = {key: [str(word) for word in words] for key, words in scores.items()}
         arms[name] = Arm(place, options, tuned_as, evaluate, of, time_of)
     return arms
 

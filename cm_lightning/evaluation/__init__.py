@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cm_lightning.evaluation.digits import DigitsFeatures
+from cm_lightning.evaluation.fashion import FashionFeatures
 from cm_lightning.evaluation.features import DINOv2, FeatureExtractor, Inception, Timm
 from cm_lightning.evaluation.figures import (
     diagnostics_figure,
@@ -23,6 +24,7 @@ from cm_lightning.evaluation.reference import Statistics, load_statistics, refer
 __all__ = [
     "DINOv2",
     "DigitsFeatures",
+    "FashionFeatures",
     "FeatureExtractor",
     "Inception",
     "Statistics",

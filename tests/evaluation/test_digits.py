@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from cm_lightning.evaluation import DigitsFeatures, reference_statistics
-from cm_lightning.evaluation import digits as module
 from cm_lightning.evaluation.digits import digit_images
 from cm_lightning.evaluation.frechet import frechet_distance
 from cm_lightning.types import InputError
@@ -39,8 +38,8 @@ def test_digits_are_the_levels_of_scikit_learn(data):
 def test_shipped_weights_classify(data):
     images, labels = data
     network = DigitsFeatures().load().network
-    assert module._accuracy(network, images, labels) > 0.99
-    assert module.WEIGHTS.stat().st_size < 100_000
+    assert DigitsFeatures.accuracy(network, images, labels) > 0.99
+    assert DigitsFeatures.weights.stat().st_size < 100_000
 
 
 def test_training_is_deterministic_and_generalises(data):
@@ -48,9 +47,10 @@ def test_training_is_deterministic_and_generalises(data):
     held_out = torch.arange(len(images)) % 5 == 0
     with torch.random.fork_rng():
         first, second = (
-            module._train(images[~held_out], labels[~held_out], steps=300) for _ in range(2)
+            DigitsFeatures.train_classifier(images[~held_out], labels[~held_out], 300)
+            for _ in range(2)
         )
-    assert module._accuracy(first, images[held_out], labels[held_out]) >= 0.96
+    assert DigitsFeatures.accuracy(first, images[held_out], labels[held_out]) >= 0.96
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
 
