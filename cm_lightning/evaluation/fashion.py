@@ -47,10 +47,8 @@ class FashionFeatures(ClassifierFeatures):
 def _read(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     """Images ``(N, 1, 28, 28)``, uint8, and labels of ``train`` or ``t10k``."""
     raw, names = (
-        np.frombuffer(
-            read_gzip(folder / f"{part}-{kind}-ubyte.gz", 2**26), np.uint8, offset=skipped
-        )
-        for kind, skipped in (("images-idx3", 16), ("labels-idx1", 8))
+        np.frombuffer(read_gzip(folder / f"{part}-{kind}-ubyte.gz", size), np.uint8, offset=skipped)
+        for kind, skipped, size in (("images-idx3", 16, 2**26), ("labels-idx1", 8, 2**18))
     )
     return torch.tensor(raw.reshape(-1, 1, 28, 28)), torch.tensor(names).long()
 

@@ -65,6 +65,22 @@ def test_equals_the_value_of_training_and_adds_seeds(run, program):
     assert "66 samples per seed" in text
 
 
+def test_other_features_by_their_class(run, program):
+    """A run that names features which are not here is compared over others all the same."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["fid"]["features"] = {"class_path": "Inception", "init_args": {"weights": "none.pth"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ["cm-eval", run, "--n", 66, "--seeds", 0, "--sigmas", 80]
+    assert program(*words).code == 2
+    done = program(*words, "--features", "DigitsFeatures")
+    assert done.code == 0, done.err
+    last = json.loads((run / "run.json").read_text())["results"]["last"]
+    assert results(run / "eval")[0]["fd"] == pytest.approx(last[f"{METRIC}1"], rel=1e-6)
+    wrong = program(*words, "--features", "Nonsense")
+    assert wrong.code == 2
+    assert "--features Nonsense" in wrong.err
+
+
 def test_a_killed_evaluation_continues(run, program, monkeypatch):
     words = ["cm-eval", run, "--n", 66, "--seeds", 0, 1, "--sigmas", 80, "--out"]
     assert program(*words, run / "whole").code == 0

@@ -11,7 +11,7 @@ import torch
 from torchvision.transforms.functional import gaussian_blur
 
 from cm_lightning.data import read_idx
-from cm_lightning.evaluation import DigitsFeatures, Timm
+from cm_lightning.evaluation import DigitsFeatures, FashionFeatures, Timm
 from cm_lightning.evaluation.digits import digit_images
 from cm_lightning.evaluation.frechet import frechet_distance
 
@@ -66,6 +66,7 @@ def distances(extractor, images, labels, damage, n):
         pytest.param(digits, DigitsFeatures(), 800, id="digits"),
         pytest.param(digits, Timm(), 100, id="digits-timm", marks=pytest.mark.slow),
         pytest.param(fashion, Timm(), 100, id="fashion-timm", marks=pytest.mark.slow),
+        pytest.param(fashion, FashionFeatures(), 800, id="fashion", marks=pytest.mark.slow),
     ],
 )
 def test_distance_grows(data, extractor, n, damage):
