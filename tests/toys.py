@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cm_lightning import regimes
 from cm_lightning.types import Denoiser, expand
+
+REGIMES = tuple(name.lower() for name in regimes.__all__ if name != "ConsistencyModule")
+"""Every regime of the package by the name its configs begin with."""
 
 
 class FunctionDenoiser(Denoiser):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.cli.conftest import ONE_CALL, ROOT, TINY
+from tests.toys import REGIMES
 
-REGIMES = ("diffusion", "cd", "ct", "ict", "ect", "gc", "sct")
 COARSE = {  # few levels, so that 30 steps carry the data up to the largest noise
     "cd": ["--model.discretization.n", 4, "--model.target.rate", 0.2],
     "ct": ["--model.discretization.s1", 4, "--model.discretization.mu0", 0.1],

@@ -15,6 +15,7 @@ from cm_lightning.cli.study_file import read_study
 from cm_lightning.cli.study_report import answers, interval, label, read_outcome
 from cm_lightning.evaluation import read_metrics
 from tests.cli.conftest import DIGITS, ROOT, TINY
+from tests.data.test_readers import write_idx
 
 METRIC = "fd_digits66/ema_0.9/nfe1"
 
@@ -283,6 +284,83 @@ def test_runs_that_need_no_first_run_do_not_wait(tmp_path):
 
 
 EVALUATE = {"steps": ["--n", "66", "--seeds", "0", "1", "--sigmas", "80", "2", "0.5"]}
+
+
+def test_a_study_of_another(study, program, tmp_path):
+    """Its keys replace, its options come on top everywhere, its share multiplies lengths."""
+    base = study(
+        lengths=["model.total_kimg"],
+        first={"start": {"options": {"model.total_kimg": 3, "model.distance": "L1"}}},
+        evaluate={"steps": ["--n", "66"]},
+    )
+    base.rename(tmp_path / "base.yaml")
+    small = tmp_path / "small.yaml"
+    text = {"of": "base.yaml", "share": 0.5, "options": {"model.distance": "L2"}, "seeds": [4, 5]}
+    small.write_text(yaml.safe_dump(text))
+    found, whole = read_study(small), read_study(tmp_path / "base.yaml")
+    assert found.seeds == [4, 5]
+    assert found.arms["ect"].options["model.total_kimg"] == 0.032
+    assert found.first["start"].options == {"model.total_kimg": 1.5, "model.distance": "L2"}
+    assert whole.arms["huber"].options["model.distance"] == "PseudoHuber"
+    assert found.arms["huber"].options["model.distance"] == "L2"
+    assert found.arms["ect"].evaluate == {"steps": ["--n", "66"]}
+    assert found.first["start"].evaluate == {}
+    for changes, message in (
+        ({"of": None}, "lacks"),
+        ({"of": "small.yaml"}, "must lie beside it and stand alone"),
+        ({"of": "../base.yaml"}, "There is no study"),
+        ({"share": 0}, "share must be positive"),
+        ({"colour": 1}, "knows no 'colour'"),
+        ({"options": {1: 2}}, "Unknown key '1'"),
+    ):
+        small.write_text(yaml.safe_dump(text | changes))
+        done = program("cm-study", small, "--out", tmp_path / "out")
+        assert done.code == 2, changes
+        assert message in done.err, (changes, done.err)
+    done = program("cm-study", study(share=2), "--out", tmp_path / "out")
+    assert "belongs to a study `of` another" in done.err
+
+
+@pytest.mark.slow
+def test_the_study_on_fashion_runs(program, tmp_path):
+    """Two of its arms, the teacher and all evaluations, shrunk; images of the right form."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (80, 28, 28))
+    write_idx(tmp_path / "set", images=images, labels=np.arange(80) % 10)
+    for config in (ROOT / "configs").glob("*_fashion.yaml"):
+        (tmp_path / config.name).symlink_to(config)
+    folder = tmp_path / "studies"
+    folder.mkdir()
+    text = (ROOT / "configs" / "studies" / "fashion32.yaml").read_text()
+    text = text.replace('"10000"', '"66"').replace('--euler, "18"', '--euler, "2"')
+    (folder / "fashion32.yaml").write_text(text.replace('--heun, "18"', '--heun, "2"'))
+    backbone = "model.denoiser.init_args.backbone.init_args"
+    small = {
+        "trainer.accelerator": "cpu",
+        "data.source.init_args.root": str(tmp_path / "set"),
+        "data.global_batch": 8,
+        "data.resident": False,
+        f"{backbone}.model_channels": 32,
+        f"{backbone}.num_blocks": 1,
+        "fid.n": 66,
+        "samples.n": 4,
+        "diagnostics.teacher_rows": 2,
+        "diagnostics.teacher_steps": 2,
+        "diagnostics.every_kimg": 0.008,
+    }
+    study = {"of": "fashion32.yaml", "share": 2e-4, "seeds": [1, 2], "options": small}
+    (folder / "small.yaml").write_text(yaml.safe_dump(study))
+    out = tmp_path / "out"
+    words = ["--out", out, "--jobs", 2, "--only", "ect", "sct"]
+    done = program("cm-study", folder / "small.yaml", *words)
+    assert done.code == 0, done.err
+    outcome = read_outcome(out)
+    keys = [f"fd_timm66/ema_0.99/nfe{n}" for n in (1, 2, 4)]
+    keys += [f"classifier/ema_0.99/{words}" for words in ("sigmas 80", "sigmas 80 0.821")]
+    assert set(keys) <= set(outcome["results"]["sct"])
+    floor = [key for key in outcome["first"]["teacher"] if key.startswith("imagenet")]
+    assert len(floor) == 2
+    assert "### Is SCT better than ECT?" in (out / "study.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ import yaml
 from cm_lightning.weights import build_denoiser, write_diffusers
 from tests.data.test_readers import write_idx
 from tests.fuzz.harness import ROOT, call
+from tests.toys import REGIMES
 from tests.weights.test_edm_pickle import CASES, install_foreign, persistent
 from tests.weights.test_openai import FILES, state_of
 
 collect_ignore_glob = [] if sys.platform == "linux" else ["test_*.py"]  # memory is read in /proc
-REGIMES = ("ect", "sct", "ct", "ict", "gc", "cd", "diffusion")
 
 
 @pytest.fixture(scope="session", autouse=True)

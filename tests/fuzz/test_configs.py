@@ -11,9 +11,9 @@ import yaml
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tests.fuzz.conftest import REGIMES
 from tests.fuzz.damage import MUTATIONS, mutate
 from tests.fuzz.harness import ends_well, examples, refused, workplace
+from tests.toys import REGIMES
 
 
 def starts_processes(config: dict) -> bool:

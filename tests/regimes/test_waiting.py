@@ -16,6 +16,7 @@ from cm_lightning.networks import ConsistencyPrecond, EDM2Precond, EDM2UNet, EDM
 from cm_lightning.objective import L2, MinibatchOT, Phases
 from cm_lightning.regimes import CD, CT, ECT, GC, ICT, SCT, Diffusion
 from cm_lightning.weights import Pretrained, save_weights
+from tests import toys
 
 LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
 
@@ -123,6 +124,10 @@ def looks(module, monkeypatch, **data) -> Counter:
     data = ImageDataModule(Digits(), global_batch=32, flip=True, **data)
     trainer.fit(module, data)
     return watch.looks.found
+
+
+def test_every_regime_is_watched():
+    assert {name.partition(",")[0] for name in REGIMES} == set(toys.REGIMES)
 
 
 @pytest.mark.parametrize("name", REGIMES)
