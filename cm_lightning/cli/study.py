@@ -96,10 +96,12 @@ class Runner:
         folder = self.out / run.name
         found = finished(folder)
         missing = found is None
-        if found is None:
+        if found is not None:
+            self._check_options(run)
+        else:
             options = {"run_dir": str(folder), "trainer.enable_progress_bar": False} | run.options
             words = ["--config", str(run.config), *option_words(options, self.out)]
-            self._command(run, ["cm_lightning.cli.fit", *words])
+            self._command(run, ["cm_lightning.cli.fit", *words], OPTIONS + describe(run))
             found = finished(folder)
             if found is None:
                 raise InputError(f"{folder} ended without results; see {folder}.log.")
@@ -119,15 +121,30 @@ class Runner:
             print(f"[{self.number}/{self.total}] {run.name}: {shown}{left}", flush=True)
         return found
 
-    def _command(self, run: Run, words: list[str]) -> None:
-        """Run a program of the package; what it prints goes to a file beside the run."""
+    def _check_options(self, run: Run) -> None:
+        """Refuse a finished run that the log beside it says was made with other options."""
+        log = self._log(run)
+        lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        known = [line for line in lines if line.startswith(OPTIONS)]
+        if known and known[-1] != OPTIONS + describe(run):
+            raise InputError(
+                f"{self.out / run.name} was made with other options, {known[-1]}, than those of "
+                f"the study, {describe(run)}: remove it, or choose another --out."
+            )
+
+    def _log(self, run: Run) -> Path:
         folder = self.out / run.name
-        log = folder.with_name(f"{folder.name}.log")
+        return folder.with_name(f"{folder.name}.log")
+
+    def _command(self, run: Run, words: list[str], note: str = "") -> None:
+        """Run a program of the package; what it prints goes to a file beside the run."""
+        folder, log = self.out / run.name, self._log(run)
         made = [path for path in (log, *log.parents) if not path.exists()]
         log.parent.mkdir(parents=True, exist_ok=True)
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
         environment = {"OMP_NUM_THREADS": threads} | os.environ if self.jobs > 1 else os.environ
         with log.open("a", encoding="utf-8") as stream:
+            print(note, file=stream, flush=True)
             done = subprocess.run(  # noqa: S603
                 [sys.executable, "-m", *words],
                 stdout=stream,
@@ -145,6 +162,15 @@ class Runner:
                     with contextlib.suppress(OSError):  # another run is there
                         path.rmdir()
             raise InputError(f"The run {run.name} failed. {last.removeprefix('cm-fit: error: ')}")
+
+
+OPTIONS = "options: "
+"""Start of the line in a run's log that holds its options."""
+
+
+def describe(run: Run) -> str:
+    """Config and options of a run in one line; lengths of an arm of equal time are measured."""
+    return json.dumps({"config": run.config.name} | run.options, sort_keys=True)
 
 
 def option_words(options: dict[str, Any], out: Path) -> list[str]:
@@ -256,7 +282,10 @@ def execute(
                 raise InputError(f"arms.{name} needs the time of {other}, which does not run.")
     tries = 0 if tune is None else len(tune.values) * len(tune.seeds)
     total = len(study.first) + len(searched) * tries + len(arms) * len(study.seeds) * (not search)
-    first = [Run(name, arm.config, arm.options, arm.evaluate) for name, arm in study.first.items()]
+    first = [
+        Run(name, arm.config, arm.options, {} if search else arm.evaluate)
+        for name, arm in study.first.items()
+    ]
     with Runner(out, total, jobs, first) as runner:
         if search:
             assert tune is not None
