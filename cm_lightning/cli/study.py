@@ -34,12 +34,22 @@ COMMAND = "cm-study"
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of a study: where it lives, the options that make it and evaluate it."""
+    """One training run of a study: where it lives, the options that make it and evaluate it.
+
+    Args:
+        name: Its folder inside the study's.
+        config: Config file.
+        options: Options of ``cm-fit``.
+        evaluate: Options of ``cm-eval`` by name.
+        share: Factor of the lengths among the options; it is measured, so it may differ when the
+            study is called again.
+    """
 
     name: str
     config: Path
     options: dict[str, Any]
     evaluate: dict[str, list[str]]
+    share: float = 1.0
 
     def needs(self, name: str) -> bool:
         """Whether its options name another run of the study."""
@@ -54,10 +64,18 @@ class Runner:
         total: Number of runs, for the progress line.
         jobs: Processes at a time, >= 1; they share the cores.
         first: Runs that others need; those that need none are made beside them.
+        lengths: Options that a run's share multiplies.
     """
 
-    def __init__(self, out: Path, total: int, jobs: int, first: Sequence[Run] = ()) -> None:
-        self.out, self.total, self.jobs = out, total, jobs
+    def __init__(
+        self,
+        out: Path,
+        total: int,
+        jobs: int,
+        first: Sequence[Run] = (),
+        lengths: Sequence[str] = (),
+    ) -> None:
+        self.out, self.total, self.jobs, self.lengths = out, total, jobs, list(lengths)
         self.number = self.trained = 0
         self._started = time.perf_counter()
         self._lock = threading.Lock()
@@ -99,7 +117,8 @@ class Runner:
         if found is not None:
             self._check_options(run)
         else:
-            options = {"run_dir": str(folder), "trainer.enable_progress_bar": False} | run.options
+            options = {"run_dir": str(folder), "trainer.enable_progress_bar": False}
+            options |= scaled(run.options, self.lengths, run.share)
             words = ["--config", str(run.config), *option_words(options, self.out)]
             self._command(run, ["cm_lightning.cli.fit", *words], OPTIONS + describe(run))
             found = finished(folder)
@@ -169,7 +188,7 @@ OPTIONS = "options: "
 
 
 def describe(run: Run) -> str:
-    """Config and options of a run in one line; lengths of an arm of equal time are measured."""
+    """Config and options of a run in one line."""
     return json.dumps({"config": run.config.name} | run.options, sort_keys=True)
 
 
@@ -286,7 +305,7 @@ def execute(
         Run(name, arm.config, arm.options, {} if search else arm.evaluate)
         for name, arm in study.first.items()
     ]
-    with Runner(out, total, jobs, first) as runner:
+    with Runner(out, total, jobs, first, study.lengths) as runner:
         if search:
             assert tune is not None
             means = _search({name: arms[name] for name in searched}, tune, runner)
@@ -308,11 +327,10 @@ def _arms(
             values = {str(value): value for value in tune.values}
             chosen[name] = known[source] if source in known else values[best[source]]
 
-    def runs_of(name: str, options: dict[str, Any]) -> list[Run]:
-        changed = replace(arms[name], options=options)
-        return [make_run(name, changed, seed, tune, chosen.get(name)) for seed in study.seeds]
+    def runs_of(name: str) -> list[Run]:
+        return [make_run(name, arms[name], seed, tune, chosen.get(name)) for seed in study.seeds]
 
-    runs = {name: runs_of(name, arm.options) for name, arm in arms.items() if not arm.time_of}
+    runs = {name: runs_of(name) for name, arm in arms.items() if not arm.time_of}
     found = iter(runner([run for group in runs.values() for run in group]))
     results = {name: [next(found) for _ in group] for name, group in runs.items()}
     shares: dict[str, float] = {}
@@ -323,7 +341,7 @@ def _arms(
                 for other in (arm.time_of, arm.of)
             )
             shares[name] = float(f"{theirs / ours:.3g}")
-            runs[name] = runs_of(name, scaled(arm.options, study.lengths, shares[name]))
+            runs[name] = [replace(run, share=shares[name]) for run in runs_of(name)]
     found = iter(runner([run for name in shares for run in runs[name]]))
     results |= {name: [next(found) for _ in runs[name]] for name in shares}
     return {
