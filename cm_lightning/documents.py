@@ -140,10 +140,12 @@ def check_form(value: Any, form: Any, where: str, key: str = "") -> None:
     """
     if isinstance(form, dict):
         _check_type(value, dict, where, key)
-        named = {str(name).removesuffix("?") for name in form}
+        named = {name.removesuffix("?") for name in form if name is not ...}
         for name, inner in form.items():
             if name is ...:
                 for other in value.keys() - named:
+                    if not isinstance(other, str):
+                        raise InputError(f"{where}: the key {other!r} of '{key}' must be a text.")
                     check_form(value[other], inner, where, f"{key}.{other}".strip("."))
                 continue
             plain = name.removesuffix("?")

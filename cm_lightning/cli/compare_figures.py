@@ -12,6 +12,7 @@ import numpy as np
 from cm_lightning.cli.compare_runs import Entry, curves, grids, nfe_of
 from cm_lightning.cli.compare_texts import BY_LEVEL, OVER_TRAINING
 from cm_lightning.cli.study_report import calls, interval, label, main_results
+from cm_lightning.types import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,7 +92,7 @@ def arm_panels(outcome: Mapping[str, Any]) -> list[Panel]:
         axis.set_xlabel(f"{key.partition('/')[0]}, lower is better")
         title = label(key, main)
         caption = "Dot: mean over training seeds; bar: its 95 % interval; ticks: the seeds."
-        name = "arms_" + "".join(c if c.isalnum() else "_" for c in key)
+        name = "arms_" + "".join(c if c.isalnum() or c == "." else "_" for c in key)
         panels.append(Panel(name, title.capitalize(), caption, png(figure)))
     return panels
 
@@ -108,8 +109,12 @@ def sample_panels(entries: Sequence[Entry]) -> list[Panel]:
     found: dict[str, list[tuple[str, Any]]] = {}
     for entry in entries:
         for (_, sampler), path in grids(entry).items():
-            with Image.open(path) as picture:
-                found.setdefault(nfe_of(sampler), []).append((entry.name, np.asarray(picture)))
+            try:
+                with Image.open(path) as picture:
+                    pixels = np.asarray(picture)
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                raise InputError(f"{path} is no picture that can be read: {error}.") from error
+            found.setdefault(nfe_of(sampler), []).append((entry.name, pixels))
     panels = []
     for nfe, pictures in found.items():
         columns = min(len(pictures), 4)
@@ -118,7 +123,7 @@ def sample_panels(entries: Sequence[Entry]) -> list[Panel]:
         for place, axis in enumerate(np.ravel(figure.subplots(rows, columns, squeeze=False))):
             axis.set_axis_off()
             if place < len(pictures):
-                axis.set_title(pictures[place][0], fontsize=10)
+                axis.set_title(pictures[place][0], fontsize=10, parse_math=False)
                 axis.imshow(pictures[place][1], cmap="gray", vmin=0, vmax=255, interpolation="none")
         panels.append(Panel(f"samples_nfe{nfe}".replace("?", "x"), calls(nfe), "", png(figure)))
     return panels

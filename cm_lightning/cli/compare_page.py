@@ -95,7 +95,8 @@ def study_page(
     origins = {name: arm.get("of", name) for name, arm in outcome["arms"].items()}
     chips = [colours.get(origin, "") for origin in origins.values()]
     parts = [*(f"<p>{html.escape(line)}</p>" for line in explanation(outcome))]
-    parts += [figures(panels["arms"], "pairs"), as_table(head, rows, "numbers", chips)]
+    arms = [panel._replace(title=html.escape(panel.title)) for panel in panels["arms"]]
+    parts += [figures(arms, "pairs"), as_table(head, rows, "numbers", chips)]
     found = list(answers(outcome))
     if found:
         parts.append(f"<h2>Questions and answers</h2><p>{html.escape(HOW)}</p>")
@@ -107,8 +108,7 @@ def study_page(
         shown = as_table(["run", "result", "value"], others, "answers")
         parts.append(f"<details><summary>Further results</summary>{shown}</details>")
     if outcome["search"]:
-        lines = [line.strip("| ").split(" | ") for line in search_table(outcome).splitlines()]
-        shown = as_table(lines[0], lines[2:], "answers")
+        shown = as_table(*search_table(outcome), "answers")
         parts.append(
             "<details><summary>Search of the tuned option</summary><p>Means over the seeds of the "
             f"search; the lowest of a row is bold.</p>{shown}</details>"

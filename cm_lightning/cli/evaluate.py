@@ -310,6 +310,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("--worse and --worse_ema belong to --guidance.")
     config, where = read_config(source, options.config)
     if options.features is not None:
+        check_class_paths({"class_path": options.features}, "--features")
         config["fid"] = config["fid"] | {"features": options.features}
         where = f"--features {options.features} or of {where}"
     against = read_against(config, where)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -18,11 +19,12 @@ from typing import Any, Self
 import numpy as np
 
 from cm_lightning.callbacks.run_record import write_text
+from cm_lightning.cli import evaluate
 from cm_lightning.cli.errors import CommandParser, fail, readable_errors
 from cm_lightning.cli.fit import GROUPS, SCALARS
 from cm_lightning.cli.keys import check_keys
 from cm_lightning.cli.study_file import Arm, Study, Tuning, read_study, scaled
-from cm_lightning.cli.study_report import RECORD, search_table, summary
+from cm_lightning.cli.study_report import RECORD, search_table, summary, table
 from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.evaluation import read_metrics
 from cm_lightning.types import InputError
@@ -53,7 +55,7 @@ class Run:
 
     def needs(self, name: str) -> bool:
         """Whether its options name another run of the study."""
-        return f"{{study}}/{name}" in json.dumps(self.options)
+        return f"{{study}}/{name}" in json.dumps(self.options, ensure_ascii=False)
 
 
 class Runner:
@@ -80,7 +82,9 @@ class Runner:
         self._started = time.perf_counter()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(jobs)
-        self._first = {run.name: self._pool.submit(self._one, run) for run in first}
+        self._first: dict[str, Future[dict[str, float]]] = {}
+        for run in first:
+            self._first[run.name] = self._pool.submit(self._one, run, dict(self._first))
 
     def __enter__(self) -> Self:
         return self
@@ -100,34 +104,38 @@ class Runner:
         """
         waiting = [any(map(run.needs, self._first)) for run in runs]
         order = sorted(range(len(runs)), key=waiting.__getitem__)
-        futures = {place: self._pool.submit(self._later, runs[place]) for place in order}
+        futures = {place: self._pool.submit(self._one, runs[place], self._first) for place in order}
+        ended, _ = wait([*self._first.values(), *futures.values()], return_when=FIRST_EXCEPTION)
+        for future in ended:
+            future.result()
         return [futures[place].result() for place in range(len(runs))]
 
-    def _later(self, run: Run) -> dict[str, float]:
-        """Make a run after those it needs, which were queued before it."""
-        for name, future in self._first.items():
+    def _one(self, run: Run, before: Mapping[str, Future[dict[str, float]]]) -> dict[str, float]:
+        """Make a run after those before it that it needs; they were queued earlier."""
+        for name, future in before.items():
             if run.needs(name):
                 future.result()
-        return self._one(run)
-
-    def _one(self, run: Run) -> dict[str, float]:
         folder = self.out / run.name
         found = finished(folder)
         missing = found is None
         if found is not None:
-            self._check_options(run)
+            self._check_note(run, OPTIONS, describe(run))
+            self._check_length(run)
         else:
-            options = {"run_dir": str(folder), "trainer.enable_progress_bar": False}
-            options |= scaled(run.options, self.lengths, run.share)
+            options = scaled(run.options, self.lengths, run.share)
+            options |= {"run_dir": str(folder), "trainer.enable_progress_bar": False}
             words = ["--config", str(run.config), *option_words(options, self.out)]
-            self._command(run, ["cm_lightning.cli.fit", *words], OPTIONS + describe(run))
+            self._command(run, ["cm_lightning.cli.fit", *words], OPTIONS, describe(run))
             found = finished(folder)
             if found is None:
                 raise InputError(f"{folder} ended without results; see {folder}.log.")
         for name, words in run.evaluate.items():
-            place = folder / f"eval-{name}"
+            place, note = folder / f"eval-{name}", {"words": words}
+            if (place / "eval.json").is_file():
+                self._check_note(run, f"evaluation {name}: ", note)
             where = ["--out", str(place)]
-            self._command(run, ["cm_lightning.cli.evaluate", str(folder), *where, *words])
+            command = ["cm_lightning.cli.evaluate", str(folder), *where, *words]
+            self._command(run, command, f"evaluation {name}: ", note)
             found |= evaluated(name, place)
         with self._lock:
             self.number += 1
@@ -140,22 +148,34 @@ class Runner:
             print(f"[{self.number}/{self.total}] {run.name}: {shown}{left}", flush=True)
         return found
 
-    def _check_options(self, run: Run) -> None:
-        """Refuse a finished run that the log beside it says was made with other options."""
+    def _check_note(self, run: Run, start: str, note: dict[str, Any]) -> None:
+        """Refuse results that the log beside a run says were made with other options."""
         log = self._log(run)
-        lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-        known = [line for line in lines if line.startswith(OPTIONS)]
-        if known and known[-1] != OPTIONS + describe(run):
+        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        lines = [line for line in text.splitlines() if line.startswith(start)]
+        old = _mapping(lines[-1].removeprefix(start)) if lines else note
+        keys = sorted(k for k in old.keys() | note.keys() if old.get(k) != note.get(k))
+        if keys:
             raise InputError(
-                f"{self.out / run.name} was made with other options, {known[-1]}, than those of "
-                f"the study, {describe(run)}: remove it, or choose another --out."
+                f"{self.out / run.name} was made with other options than those of the study "
+                f"({start.split(':')[0]}; {', '.join(keys)}): remove it, or choose another --out."
+            )
+
+    def _check_length(self, run: Run) -> None:
+        """Refuse a finished run of an arm of equal time whose length is not about right."""
+        wanted = scaled(run.options, self.lengths, run.share).get("model.total_kimg")
+        length = read_mapping(self.out / run.name / "run.json")["total_kimg"]
+        if run.share != 1 and wanted is not None and not 0.95 < length / wanted < 1.05:
+            raise InputError(
+                f"{self.out / run.name} was trained on {length:g} kimg, and {wanted:g} fit in the "
+                "time of its arm now: remove it, or choose another --out."
             )
 
     def _log(self, run: Run) -> Path:
         folder = self.out / run.name
         return folder.with_name(f"{folder.name}.log")
 
-    def _command(self, run: Run, words: list[str], note: str = "") -> None:
+    def _command(self, run: Run, words: list[str], start: str, note: dict[str, Any]) -> None:
         """Run a program of the package; what it prints goes to a file beside the run."""
         folder, log = self.out / run.name, self._log(run)
         made = [path for path in (log, *log.parents) if not path.exists()]
@@ -163,7 +183,7 @@ class Runner:
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
         environment = {"OMP_NUM_THREADS": threads} | os.environ if self.jobs > 1 else os.environ
         with log.open("a", encoding="utf-8") as stream:
-            print(note, file=stream, flush=True)
+            print(start + json.dumps(note, sort_keys=True), file=stream, flush=True)
             done = subprocess.run(  # noqa: S603
                 [sys.executable, "-m", *words],
                 stdout=stream,
@@ -187,9 +207,20 @@ OPTIONS = "options: "
 """Start of the line in a run's log that holds its options."""
 
 
-def describe(run: Run) -> str:
-    """Config and options of a run in one line."""
-    return json.dumps({"config": run.config.name} | run.options, sort_keys=True)
+def _mapping(text: str) -> dict[str, Any]:
+    """A mapping in JSON, empty if it is none."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(text)
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """Options of a run, and a hash of what its config says."""
+    config = json.dumps(read_mapping(run.config, "config"), sort_keys=True, default=str)
+    digest = hashlib.sha256(config.encode()).hexdigest()[:16]
+    return {"config": f"{run.config.name} {digest}"} | run.options
 
 
 def option_words(options: dict[str, Any], out: Path) -> list[str]:
@@ -213,7 +244,8 @@ def evaluated(name: str, folder: Path) -> dict[str, float]:
     for row in record["results"]:
         guidance = "" if row["guidance"] == 1 else f", guidance {row['guidance']:g}"
         key = f"{name}/{row['ema']}/{row['sampling']}{guidance}"
-        found.setdefault(key, []).append(row["fd"])
+        if "fd" in row:
+            found.setdefault(key, []).append(row["fd"])
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 
@@ -258,7 +290,7 @@ def training_minutes(folders: Sequence[Path]) -> float:
         row["speed/images_per_second"]
         for folder in folders
         for row in read_metrics(folder / "metrics.csv")
-        if row.get("speed/images_per_second")
+        if 0 < row.get("speed/images_per_second", 0) < float("inf")
     ]
     if not speeds:
         raise InputError(f"{folders[0]} logged no speed; time_of needs diagnostics.")
@@ -290,8 +322,11 @@ def execute(
     tune = study.tune
     known = {} if tune is None or search else tune.chosen
     searched = [name for name, arm in arms.items() if tune and not (arm.tuned_as or name in known)]
-    for arm in (study.first | arms).values():  # a mistake in the last arm is found before the first
-        check_keys(["--config", str(arm.config), *option_words(arm.options, out)], GROUPS, SCALARS)
+    tried = {} if tune is None else {tune.key: tune.values[0]}
+    for arm in study.first.values():  # a mistake in the last arm is found before the first
+        check_arm(arm, {}, out)
+    for arm in arms.values():
+        check_arm(arm, tried, out)
     for name, arm in arms.items():
         tuned_as = arm.tuned_as if tune else None
         if tuned_as and tuned_as not in searched and tuned_as not in known:
@@ -299,8 +334,8 @@ def execute(
         for other in (arm.of, arm.time_of) if arm.time_of else ():
             if other not in arms:
                 raise InputError(f"arms.{name} needs the time of {other}, which does not run.")
-    tries = 0 if tune is None else len(tune.values) * len(tune.seeds)
-    total = len(study.first) + len(searched) * tries + len(arms) * len(study.seeds) * (not search)
+    cells = 0 if tune is None else len(tune.values) * len(tune.seeds)
+    total = len(study.first) + len(searched) * cells + len(arms) * len(study.seeds) * (not search)
     first = [
         Run(name, arm.config, arm.options, {} if search else arm.evaluate)
         for name, arm in study.first.items()
@@ -311,6 +346,27 @@ def execute(
             means = _search({name: arms[name] for name in searched}, tune, runner)
             return {"key": tune.key, "search": means}
         return _arms(study, arms, searched, known, runner)
+
+
+def check_arm(arm: Arm, tried: dict[str, Any], out: Path) -> None:
+    """Check the names of an arm's options, and its evaluations as ``cm-eval`` would.
+
+    Args:
+        arm: The arm.
+        tried: The tuned option.
+        out: Folder of the study.
+
+    Raises:
+        InputError: If one is not known.
+    """
+    words = option_words(arm.options | tried, out)
+    check_keys(["--config", str(arm.config), *words], GROUPS, SCALARS)
+    for options in arm.evaluate.values():
+        if {"-h", "--help"} & set(options):
+            raise InputError(f"An evaluation takes options of cm-eval that score, got {options}.")
+        parser = evaluate.build_parser()
+        parser.prog = COMMAND  # in its messages
+        parser.parse_args(["run", *options])
 
 
 def _arms(
@@ -361,7 +417,11 @@ def _arms(
         "key": tune.key if tune else "",
         "search": means,
         "results": {
-            name: {key: [row[key] for row in results[name]] for key in results[name][0]}
+            name: {
+                key: [row[key] for row in results[name]]
+                for key in results[name][0]
+                if all(key in row for row in results[name])
+            }
             for name in arms
         },
         "questions": study.questions,
@@ -420,12 +480,16 @@ def main(args: list[str] | None = None) -> None:
             fail(COMMAND, f"--search: {path} has no `tune`.")
         outcome = execute(study, out, options.only, options.jobs, options.search)
         if options.search:
-            print(f"\n{search_table(outcome)}")
+            print(f"\n{table(*search_table(outcome))}")
+            return
+        text = summary(outcome, out)
+        print(f"\n{text}")
+        if options.only and (out / "study.json").is_file():
+            print(f"{out / 'study.json'} is left as it is; without --only it is written anew.")
             return
         write_text(out / "study.json", json.dumps(outcome, indent=2) + "\n")
-        text = summary(outcome, out)
         write_text(out / "study.md", text)
-        print(f"\n{text}\nWritten to {out / 'study.md'} and {out / 'study.json'}.")
+        print(f"Written to {out / 'study.md'} and {out / 'study.json'}.")
 
 
 if __name__ == "__main__":

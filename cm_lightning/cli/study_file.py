@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,20 @@ FORM = {
     "config?": str,
     "options?": dict,
     "evaluate?": {...: list},
-    "arms": {...: (dict, type(None))},
-    "seeds": [int],
-    "tune?": dict,
+    "arms?": {...: (dict, type(None))},
+    "seeds?": [int],
+    "tune?": {
+        "key": str,
+        "values": list,
+        "seeds": [int],
+        "metric": str,
+        "chosen?": {...: object},
+    },
     "questions?": {...: [[str]]},
     "first?": {...: (dict, type(None))},
     "lengths?": [str],
 }
-"""Form of a study."""
+"""Form of a study; one that is not of another needs arms and seeds."""
 ARM = {
     "config?": str,
     "options?": dict,
@@ -125,55 +133,61 @@ def read_study(path: Path) -> Study:
     content, top, share = _read(path)
     tune = None
     if content.get("tune") is not None:
-        names = {field.name for field in fields(Tuning)}
-        _check_keys(content["tune"], names, names - {"chosen"}, f"{path}: tune")
-        tuning = {"key": str, "values": list, "seeds": [int], "metric": str, "chosen?": dict}
-        check_form(content["tune"], tuning, f"{path}: tune")
+        _check_keys(content["tune"], {field.name for field in fields(Tuning)}, f"{path}: tune")
         if not content["tune"]["values"] or not content["tune"]["seeds"]:
             raise InputError(f"{path}: tune needs one value and one seed at least.")
-        tune = Tuning(**content["tune"])
-    arms = _arms(content, "arms", content.get("options") or {}, path)
-    alone = {"arms": content.get("first") or {}, "evaluate": None}
-    first = _arms(content | alone, "first", {}, path)
-    lengths, title = content.get("lengths") or [], content.get("title") or path.stem
+        tune = Tuning(**content["tune"] | {"chosen": content["tune"].get("chosen") or {}})
+    lengths = content.get("lengths") or []
+    known = set() if tune is None else set(tune.chosen)
     arms, first = (
         {
             name: replace(arm, options=scaled(arm.options, lengths, share) | top)
-            for name, arm in group.items()
+            for name, arm in _arms(content, part, tune is not None, known, path).items()
         }
-        for group in (arms, first)
+        for part in ("arms", "first")
     )
-    questions = content.get("questions") or {}
-    if any(len(pair) != 2 for pairs in questions.values() for pair in pairs):
-        raise InputError(f"{path}: questions must hold pairs of an arm and its baseline.")
-    study = Study(arms, list(content["seeds"]), tune, questions, first, lengths, title)
+    study = Study(
+        arms,
+        list(content["seeds"]),
+        tune,
+        content.get("questions") or {},
+        first,
+        lengths,
+        content.get("title") or path.stem,
+    )
     _check(study, path)
     return study
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], float]:
     """A study's keys, the options on top of all others, and the factor of all lengths."""
-    content = read_mapping(path, "study")
-    allowed = {key.removesuffix("?") for key in FORM}
-    base = path.parent / str(content.get("of"))
-    needed = {"arms", "seeds"} if content.get("of") is None else set()
-    _check_keys(content, allowed, needed, str(path))
+    content, allowed = read_mapping(path, "study"), {key.removesuffix("?") for key in FORM}
+    _check_keys(content, allowed, str(path))
+    check_form(content, FORM, str(path))
+    of, given = content.pop("of", None), content.pop("share", None)
+    share = 1.0 if given is None else float(given)
+    if not share > 0 or (share != 1 and of is None):
+        raise InputError(f"{path}: share must be positive, in a study `of` another; got {share:g}.")
     top: dict[str, Any] = {}
-    share = content.get("share", 1)
-    if content.get("of") is not None:
+    if of is not None:
+        base = path.parent / of
         other = read_mapping(base, "study")
-        if "of" in other or base.parent != path.parent:
+        if other.keys() & {"of", "share"} or base.parent != path.parent:
             raise InputError(f"{path} is of {base}, which must lie beside it and stand alone.")
-        _check_keys(other, allowed, {"arms", "seeds"}, str(base))
+        _check_keys(other, allowed, str(base))
+        check_form(other, FORM, str(base))
         top = content.pop("options", None) or {}
         content = other | content
-    elif share != 1:
-        raise InputError(f"{path} has a share, which belongs to a study `of` another.")
-    check_form(content | {"options": top}, FORM, str(path))
-    check_form(content, FORM, str(base if top else path))
-    if not float(share) > 0:
-        raise InputError(f"{path}: share must be positive, got {share}.")
-    return content, top, float(share)
+    for key in ("arms", "seeds"):
+        if not content.get(key):
+            raise InputError(f"{path} lacks '{key}'.")
+    try:
+        json.dumps([content, top], sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} may hold texts, numbers, lists and mappings by texts alone: {error}."
+        ) from error
+    return content, top, share
 
 
 def scaled(options: dict[str, Any], lengths: list[str], share: float) -> dict[str, Any]:
@@ -183,62 +197,93 @@ def scaled(options: dict[str, Any], lengths: list[str], share: float) -> dict[st
         options: Options of an arm.
         lengths: Which of them hold a length; those that an arm does not have are left out.
         share: Factor > 0; lengths keep four digits.
+
+    Raises:
+        InputError: If a length is no number, or none is there to multiply.
     """
-    changed = {
-        key: float(f"{share * options[key]:.4g}")
-        for key in lengths
-        if key in options and share != 1
-    }
-    return options | changed
+    if share == 1:
+        return options
+    found = {key: options[key] for key in lengths if key in options}
+    for key, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise InputError(f"The length {key} must be a number, got {value!r}.")
+    if not found:
+        raise InputError("A share or time_of needs one of the options that `lengths` names.")
+    return options | {key: float(f"{share * value:.4g}") for key, value in found.items()}
 
 
-def _arms(content: dict[str, Any], part: str, common: dict[str, Any], path: Path) -> dict[str, Arm]:
+def _arms(
+    content: dict[str, Any], part: str, tuned: bool, known: set[str], path: Path
+) -> dict[str, Arm]:
+    """Arms, or first runs, in the order of the file.
+
+    Args:
+        content: The study.
+        part: ``"arms"`` or ``"first"``.
+        tuned: Whether there is a search.
+        known: Arms whose tuned value is known.
+        path: The file.
+    """
     arms: dict[str, Arm] = {}
     allowed = {key.removesuffix("?") for key in ARM}
-    for name, given in content["arms"].items():
+    common, scores = content.get("options") or {}, content.get("evaluate") or {}
+    if part == "first":
+        allowed, common, scores, tuned = allowed - {"time_of", "tuned_as"}, {}, {}, False
+    for name, given in (content.get(part) or {}).items():
         given, where = given or {}, f"{path}: {part}.{name}"
-        _check_keys(given, allowed, set(), where)
+        _check_keys(given, allowed, where)
         check_form(given, ARM, str(path), f"{part}.{name}")
         base = arms.get(str(given.get("of")))
-        if base is None and given.get("of") is not None:
+        if given.get("of") is not None and (base is None or base.time_of):
             raise InputError(f"{where} is of '{given['of']}', which is no arm before it.")
         config = given.get("config", content.get("config") if base is None else None)
         place = base.config if base is not None and config is None else path.parent / str(config)
         if not place.is_file():
             raise InputError(f"{where} has no config file ({config}).")
         options = (common if base is None else base.options) | (given.get("options") or {})
-        share = float(given.get("share", 1))
+        share = 1.0 if given.get("share") is None else float(given["share"])
         if not share > 0:
             raise InputError(f"{where}: share must be positive, got {share:g}.")
         options = scaled(options, content.get("lengths") or [], share)
         of, time_of = given.get("of"), given.get("time_of")
         if time_of is not None:
             other = arms.get(time_of)
-            if base is None or base.time_of or other is None or other.time_of or share != 1:
+            if base is None or other is None or other.time_of or share != 1:
                 raise InputError(
                     f"{where}: time_of takes an earlier arm of a fixed length, and needs `of`, "
                     "another one, and no share."
                 )
-        chosen = (content.get("tune") or {}).get("chosen") or {}
-        tuned = content.get("tune") and name not in chosen
-        tuned_as = given.get("tuned_as", of if tuned else None)
-        scores = (content.get("evaluate") or {}) | (given.get("evaluate") or {})
-        evaluate = {key: [str(word) for word in words] for key, words in scores.items()}
+            scaled(options, content.get("lengths") or [], 0.5)  # there is something to scale
+        tuned_as = given.get("tuned_as", of if tuned and name not in known else None)
+        own = scores | (given.get("evaluate") or {})
+        evaluate = {key: [str(word) for word in words] for key, words in own.items()}
         arms[name] = Arm(place, options, tuned_as, evaluate, of, time_of)
     return arms
 
 
-def _check_keys(given: Any, allowed: set[str], needed: set[str], where: str) -> None:
+def _check_keys(given: Any, allowed: set[str], where: str) -> None:
     if not isinstance(given, dict):
         raise InputError(f"{where} must be a mapping of {', '.join(sorted(allowed))}.")
     for key in given.keys() - allowed:
         raise InputError(f"{where} knows no '{key}', only {', '.join(sorted(allowed))}.")
-    for key in needed - given.keys():
-        raise InputError(f"{where} lacks '{key}'.")
 
 
 def _check(study: Study, path: Path) -> None:
+    names = [*study.arms, *study.first]
+    runs = (study.arms | study.first).values()
+    names += [name for run in runs for name in run.evaluate]
+    for name in names:
+        if not re.fullmatch(r"\w[\w.+-]*", name):
+            raise InputError(f"{path}: '{name}' names a folder: take letters, digits, - and _.")
+    for name in study.arms.keys() & study.first.keys():
+        raise InputError(f"{path}: {name} is both an arm and a first run.")
     pairs = [pair for pairs in study.questions.values() for pair in pairs]
+    for pair in pairs:
+        if len(pair) != 2 or len({" | " in side for side in pair}) > 1:
+            raise InputError(
+                f"{path}: questions must hold pairs of an arm and its baseline, both or neither "
+                f"with the name of a result; got {pair}."
+            )
     named = [side.partition(" | ")[0] for pair in pairs for side in pair]
     named += [arm.tuned_as for arm in study.arms.values() if arm.tuned_as]
     named += [] if study.tune is None else list(study.tune.chosen)

@@ -28,6 +28,7 @@ __all__ = [
     "search_table",
     "summary",
     "table",
+    "unanswered",
 ]
 
 RECORD = {
@@ -43,7 +44,9 @@ RECORD = {
 OUTCOME = {
     "title": str,
     "seeds": [int],
-    "arms": {...: {"runs": [str], "share?": float, "of?": str, "time_of?": str, "tuned?": object}},
+    "arms": {
+        ...: {"runs": [str], "share?": float, "of?": str, "time_of?": str, "tuned?": (object, bool)}
+    },
     "first": {...: {...: float}},
     "key": str,
     "search": {...: {...: float}},
@@ -141,8 +144,12 @@ def label(key: str, among: Sequence[str]) -> str:
         among: The others.
     """
     parts = key.split("/")
-    others = [[*other.split("/"), "", ""] for other in among]
-    kept = [part for i, part in enumerate(parts[:-1]) if len({other[i] for other in others}) > 1]
+    others = [other.split("/") for other in among]
+    kept = [
+        part
+        for i, part in enumerate(parts[:-1])
+        if len({tuple(other[i : i + 1]) for other in others}) > 1
+    ]
     match = re.fullmatch(r"nfe(\d+)", parts[-1])
     last = parts[-1] if match is None else f"{match[1]} call{'s' if match[1] != '1' else ''}"
     return ", ".join([*kept, last])
@@ -194,7 +201,7 @@ def arms_table(outcome: Mapping[str, Any], out: Path) -> tuple[list[str], list[l
         records = [read_mapping(out / run / "run.json") for run in arm["runs"]]
         for record in records:
             check_form(record, RECORD, f"run.json of {name}")
-        minutes = [sum(s.get("seconds", 0) for s in record["starts"]) / 60 for record in records]
+        minutes = [sum(s.get("seconds") or 0 for s in record["starts"]) / 60 for record in records]
         row = [name, *(shown(outcome["results"][name][key]) for key in main)]
         row += [f"{records[0]['total_kimg']:g}", f"{np.mean(minutes):.1f}"]
         rows.append([*row, *([f"{arm.get('tuned', '')}"] if tuned else [])])
@@ -218,20 +225,23 @@ def other_results(outcome: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def search_table(outcome: Mapping[str, Any]) -> str:
-    """The search in Markdown, the lowest of a row in bold."""
+def search_table(outcome: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the search, the lowest of a row in bold."""
     values = list(dict.fromkeys(value for row in outcome["search"].values() for value in row))
-    rows = [
-        [
-            name,
-            *(
-                f"**{row[v]:.3f}**" if row[v] == min(row.values()) else f"{row[v]:.3f}"
-                for v in values
-            ),
-        ]
-        for name, row in outcome["search"].items()
-    ]
-    return table([outcome["key"], *values], rows)
+    rows = []
+    for name, row in outcome["search"].items():
+        cells = [f"{row[value]:.3f}" if value in row else "" for value in values]
+        low = f"{min(row.values(), default=0):.3f}"
+        rows.append([name, *(f"**{cell}**" if cell == low else cell for cell in cells)])
+    return [outcome["key"], *values], rows
+
+
+def unanswered(outcome: Mapping[str, Any]) -> list[str]:
+    """Sides of questions that name a result which its arm does not have."""
+    pairs = [pair for pairs in outcome["questions"].values() for pair in pairs]
+    named = [side.partition(" | ") for pair in pairs for side in pair]
+    results = outcome["results"]
+    return [f"{arm} | {key}" for arm, _, key in named if key and key not in results.get(arm, [key])]
 
 
 def explanation(outcome: Mapping[str, Any]) -> list[str]:
@@ -241,7 +251,7 @@ def explanation(outcome: Mapping[str, Any]) -> list[str]:
     timed = {
         name: (arm["time_of"], arm["share"])
         for name, arm in outcome["arms"].items()
-        if "time_of" in arm and "share" in arm
+        if arm.get("time_of") is not None and arm.get("share") is not None
     }
     lines = [
         f"Values are {', '.join(bases)}: lower is better. Mean ± 95 % interval (Student's t) over "
@@ -269,8 +279,9 @@ def answer_rows(found: Sequence[Answer]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for answer in found:
         mean, width = answer.difference
-        share = 100 * mean / np.mean(answer.theirs)
-        difference = f"{mean:+.3f} ± {width:.3f} ({share:+.1f} %)"
+        difference, base = f"{mean:+.3f} ± {width:.3f}", np.mean(answer.theirs)
+        if base > 0:
+            difference += f" ({100 * mean / base:+.1f} %)"
         names = [answer.arm, answer.baseline, answer.result]
         values = [shown(answer.ours), shown(answer.theirs)]
         rows.append([*names, *values, difference, answer.verdict])
@@ -290,9 +301,12 @@ def summary(outcome: Mapping[str, Any], out: Path) -> str:
         text += ["## Questions", HOW]
     for question, pairs in found:
         text += [f"### {question}", table(*answer_rows(pairs))]
+    missing = unanswered(outcome)
+    if missing:
+        text.append(f"No such results, so no answer: {'; '.join(missing)}.")
     others = other_results(outcome)
     if others:
         text += ["## Further results", table(["run", "result", "value"], others)]
     if outcome["search"]:
-        text += ["## Search", "Means over the seeds of the search.", search_table(outcome)]
+        text += ["## Search", "Means over the seeds of the search.", table(*search_table(outcome))]
     return "\n\n".join(text) + "\n"

@@ -176,9 +176,18 @@ def test_interval_is_students():
         ({"arms": {"a": {}, "b": {"time_of": "a"}}}, "b: time_of takes an earlier arm"),
         ({"arms": {"a": {"colour": {}}}}, "knows no 'colour'"),
         ({"arms": {"a": {"config": "none.yaml"}}}, "arms.a has no config file (none.yaml)"),
-        ({"tune": {"key": "x"}}, "tune lacks"),
+        ({"tune": {"key": "x"}}, "lacks 'tune."),
         ({"arms": {"a": {"of": "b"}, "b": {}}}, "arms.a is of 'b', which is no arm before it"),
         ({"arms": {"a": {}, "b": {"of": "a", "share": 0}}}, "share must be positive, got 0"),
+        ({"arms": {"a": {}, "b": {"of": "a", "share": 2}}}, "needs one of the options that"),
+        ({"first": {"a": {"time_of": "b"}}}, "first.a knows no 'time_of'"),
+        ({"first": {"ect": {}}}, "ect is both an arm and a first run"),
+        ({"arms": {"../a": {}}}, "'../a' names a folder"),
+        ({"arms": {}}, "lacks 'arms'"),
+        ({"arms": {1: None}}, "the key 1 of 'arms' must be a text"),
+        ({"questions": {"?": [["huber | x", "ect"]]}}, "both or neither"),
+        ({"evaluate": {"x": ["--colour", "1"]}}, "cm-study: error: unrecognized arguments"),
+        ({"evaluate": {"x": ["--help"]}}, "An evaluation takes options"),
     ],
 )
 def test_mistakes_in_the_file(study, program, tmp_path, changes, message):
@@ -242,6 +251,20 @@ def test_first_runs_shares_evaluations_and_times(study, program, tmp_path):
     ]
     assert minutes["tuned"] == pytest.approx(640 / 60 / np.median(speeds))
 
+    # results of other evaluations, or of another length, are not taken for this study's
+    record = out / "timed/seed1/run.json"
+    text = record.read_text()
+    record.write_text(json.dumps(json.loads(text) | {"total_kimg": 0.6 * total}))
+    shorter = program("cm-study", path, "--out", out)
+    assert shorter.code == 2
+    assert "fit in the time of its arm" in shorter.err
+    record.write_text(text)
+    fewer = {"tuned": arms["tuned"] | {"evaluate": {"steps": ["--n", "50", "--sigmas", "80"]}}}
+    other = program("cm-study", study(arms=arms | fewer, tune=None, **changes), "--out", out)
+    assert other.code == 2
+    assert "tuned/seed1 was made with other options" in other.err
+    assert "(evaluation steps; words)" in other.err
+
     # its page
     page = tmp_path / "page"
     done = program("cm-compare", out, "--out", page)
@@ -249,7 +272,7 @@ def test_first_runs_shares_evaluations_and_times(study, program, tmp_path):
     text = (page / "comparison.html").read_text()
     assert "<h3>Is longer better?</h3>" in text
     assert "timed" in text
-    assert (page / "figures" / "arms_fd_digits66_ema_0_9_nfe1.png").is_file()
+    assert (page / "figures" / "arms_fd_digits66_ema_0.9_nfe1.png").is_file()
     assert (page / "figures" / "samples_nfe1.png").is_file()
     assert "Is longer better?" in (page / "comparison.md").read_text()
     assert program("cm-compare", out, out / "start", "--out", page).code == 2
@@ -278,7 +301,8 @@ def test_runs_that_need_no_first_run_do_not_wait(tmp_path):
     done = []
 
     class Recorded(Runner):
-        def _one(self, run):
+        def _one(self, run, before):
+            assert all(future.done() for name, future in before.items() if run.needs(name))
             done.append(run.name)
             return {"place": len(done)}
 
@@ -316,7 +340,8 @@ def test_a_study_of_another(study, program, tmp_path):
     assert found.arms["ect"].evaluate == {"steps": ["--n", "66"]}
     assert found.first["start"].evaluate == {}
     for changes, message in (
-        ({"of": None}, "lacks"),
+        ({"of": None}, "in a study `of` another; got 0.5"),
+        ({"of": None, "share": None}, "lacks 'arms'"),
         ({"of": "small.yaml"}, "must lie beside it and stand alone"),
         ({"of": "../base.yaml"}, "There is no study"),
         ({"share": 0}, "share must be positive"),
@@ -328,7 +353,7 @@ def test_a_study_of_another(study, program, tmp_path):
         assert done.code == 2, changes
         assert message in done.err, (changes, done.err)
     done = program("cm-study", study(share=2), "--out", tmp_path / "out")
-    assert "belongs to a study `of` another" in done.err
+    assert "in a study `of` another; got 2" in done.err
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 from hypothesis import given
@@ -50,9 +52,37 @@ STUDY = {
     "config": "x.yaml",
     "options": {"model.total_kimg": 0.064, "fid.n": 2},
     "seeds": [1, 2],
-    "tune": {"key": "model.optimizer.init_args.lr", "values": [1e-3], "seeds": [3], "metric": "x"},
-    "arms": {"a": {"options": {"model.distance": "L2"}}, "b": {"tuned_as": "a"}},
-    "questions": {"Which?": [["b", "a"]]},
+    "lengths": ["model.total_kimg"],
+    "evaluate": {"steps": ["--n", "66", "--sigmas", "80"]},
+    "tune": {
+        "key": "model.optimizer.init_args.lr",
+        "values": [1e-3],
+        "seeds": [3],
+        "metric": "x",
+        "chosen": {"c": 2e-3},
+    },
+    "first": {"start": {"evaluate": {"floor": ["--heun", "18"]}}},
+    "arms": {
+        "a": {"options": {"model.distance": "L2"}},
+        "b": {"tuned_as": "a", "share": 2},
+        "c": {"of": "a", "options": {"model.init.path": "{study}/start"}},
+        "d": {"of": "c", "time_of": "b"},
+    },
+    "questions": {"Which?": [["b", "a"]], "In one?": [["a | x", "a | y"]]},
+}
+RUNS = {"runs": ["run", "run"]}
+OUTCOME = {
+    "title": "A study",
+    "seeds": [1, 2],
+    "arms": {"a": RUNS | {"tuned": 1e-3}, "b": RUNS | {"share": 0.5, "of": "a", "time_of": "a"}},
+    "first": {"start": {"fd/ema/nfe1": 1.0}},
+    "key": "model.optimizer.init_args.lr",
+    "search": {"a": {"0.001": 1.0, "0.01": 2.0}},
+    "results": {
+        "a": {"fd/ema/nfe1": [1.0, 2.0], "steps/ema/sigmas 80 2": [1.0, 2.0], "own": [3, 4]},
+        "b": {"fd/ema/nfe1": [1.0, 3.0], "steps/ema/sigmas 80 2": [1.0, 2.5]},
+    },
+    "questions": {"Which?": [["b", "a"]], "In one?": [["a | own", "a | fd/ema/nfe1"]]},
 }
 
 
@@ -110,6 +140,18 @@ def test_damaged_studies(everything, damage):
         else:
             mutate_file(folder / "study.yaml", damage)
         refused(folder, "cm-study", "study.yaml", "--out", "out", "--only", "nobody")
+
+
+@examples(15)
+@given(st.one_of(HARM, MUTATIONS))
+def test_damaged_outcomes_of_studies(everything, damage):
+    with workplace(*everything) as folder:
+        (folder / "study.json").write_text(json.dumps(OUTCOME))
+        if isinstance(damage, tuple):
+            harm(folder / "study.json", damage)
+        else:
+            mutate_file(folder / "study.json", damage)
+        ends_well(folder, "cm-compare", ".", "--out", "out")
 
 
 MISTAKES = {
@@ -193,6 +235,7 @@ def test_mistakes(everything, case):
 def test_a_study_whose_run_fails_leaves_nothing(everything):
     with workplace(*everything) as folder:
         study = STUDY | {"options": {"data.resolution": 12}, "tune": None, "questions": {}}
+        study |= {"first": {}, "evaluate": {}}
         study["arms"] = {"a": {"options": {"model.distance": "L2"}}}
         (folder / "study.yaml").write_text(yaml.safe_dump(study))
         assert "the network takes (1, 8, 8)" in refused(
