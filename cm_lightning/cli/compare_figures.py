@@ -74,7 +74,8 @@ def arm_panels(outcome: Mapping[str, Any]) -> list[Panel]:
     """
     main, panels = main_results(outcome), []
     for key in main:
-        values = {name: found[key] for name, found in outcome["results"].items()}
+        results = outcome["results"]
+        values = {name: found[key] for name, found in results.items() if key in found}
         figure, axis = _axes(height=1.2 + 0.27 * len(values))
         plain = [name for name, arm in outcome["arms"].items() if "time_of" not in arm]
         for place, (name, found) in enumerate(values.items()):

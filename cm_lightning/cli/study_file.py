@@ -98,7 +98,7 @@ class Study:
         tune: Search per arm, ``None`` for none.
         questions: What the study asks, in words, with the pairs that answer: an arm and its
             baseline, whose difference is taken seed by seed. Either side may name one result of its
-            arm, as ``ect | eval/ema_0.9/sigmas 80``; without, all results that every arm has are
+            arm, as ``ect | eval/ema_0.9/sigmas 80``; without, all results that most arms have are
             compared.
         first: Runs made once before all others, by name, such as a teacher; options of arms find
             them at ``{study}/<name>``.

@@ -131,9 +131,10 @@ def read_outcome(folder: Path) -> dict[str, Any]:
 
 
 def main_results(outcome: Mapping[str, Any]) -> list[str]:
-    """Names of the results that every arm has."""
+    """Names of the results that more than half of the arms have: the columns of the table."""
     found: list[dict[str, Any]] = list(outcome["results"].values())
-    return [key for key in found[0] if all(key in other for other in found)]
+    names = dict.fromkeys(key for results in found for key in results)
+    return [key for key in names if 2 * sum(key in results for results in found) > len(found)]
 
 
 def label(key: str, among: Sequence[str]) -> str:
@@ -202,14 +203,15 @@ def arms_table(outcome: Mapping[str, Any], out: Path) -> tuple[list[str], list[l
         for record in records:
             check_form(record, RECORD, f"run.json of {name}")
         minutes = [sum(s.get("seconds") or 0 for s in record["starts"]) / 60 for record in records]
-        row = [name, *(shown(outcome["results"][name][key]) for key in main)]
+        found = outcome["results"][name]
+        row = [name, *(shown(found[key]) if key in found else "" for key in main)]
         row += [f"{records[0]['total_kimg']:g}", f"{np.mean(minutes):.1f}"]
         rows.append([*row, *([f"{arm.get('tuned', '')}"] if tuned else [])])
     return head, rows
 
 
 def other_results(outcome: Mapping[str, Any]) -> list[list[str]]:
-    """Arm, name and value of what only some arms have, and of what was made first."""
+    """Arm, name and value of what few arms have, and of what was made first."""
     main = main_results(outcome)
     rows = [
         [name, key, f"{value:.3f}"]

@@ -12,7 +12,15 @@ import yaml
 
 from cm_lightning.cli.study import Run, Runner, option_words, training_minutes
 from cm_lightning.cli.study_file import read_study
-from cm_lightning.cli.study_report import answers, interval, label, read_outcome
+from cm_lightning.cli.study_report import (
+    answers,
+    arms_table,
+    interval,
+    label,
+    main_results,
+    other_results,
+    read_outcome,
+)
 from cm_lightning.evaluation import read_metrics
 from tests.cli.conftest import DIGITS, ROOT, TINY
 from tests.data.test_readers import write_idx
@@ -134,6 +142,22 @@ def test_answers_of_known_numbers():
     assert inside.difference == (3.0, 0.0)
     assert inside.verdict == "worse"
     assert inside.baseline == "base, ema, nfe1"
+
+
+def test_what_most_arms_have_is_in_the_table(tmp_path):
+    """An arm without it has an empty cell, and what few have stands below."""
+    record = {"regime": "ECT", "parameters": 1, "total_kimg": 2, "starts": [{"seconds": 60}]}
+    for name in "abcdefghi":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    other = {"runs": ["g", "h", "i"]}
+    results = KNOWN["results"] | {"phased": {"fd/ema/nfe4": [1, 2, 3]}}
+    outcome = KNOWN | {"arms": KNOWN["arms"] | {"phased": other}, "results": results}
+    assert main_results(outcome) == ["fd/ema/nfe1", "fd/ema/nfe2"]
+    head, rows = arms_table(outcome, tmp_path)
+    assert head == ["arm", "1 call", "2 calls", "kimg", "minutes"]
+    assert rows[2] == ["phased", "", "", "2", "1.0"]
+    assert [row[1] for row in other_results(outcome)] == ["own", "fd/ema/nfe4"]
 
 
 def test_labels_say_what_differs():
