@@ -72,6 +72,8 @@ def arm_panels(outcome: Mapping[str, Any]) -> list[Panel]:
     Args:
         outcome: What ``cm-study`` found.
     """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     main, panels = main_results(outcome), []
     for key in main:
         results = outcome["results"]
@@ -89,6 +91,9 @@ def arm_panels(outcome: Mapping[str, Any]) -> list[Panel]:
         if max(points) > 4 * min(points) > 0:
             axis.set_xscale("log")
             axis.set_xlim(min(points) / 1.4, max(points) * 1.4)
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
         axis.set_xlabel(f"{key.partition('/')[0]}, lower is better")
         title = label(key, main)

@@ -39,7 +39,10 @@ vertical-align:top}
 th{font-weight:600;white-space:nowrap}
 .numbers td:nth-child(n+3),.numbers th:nth-child(n+3){text-align:right}
 .numbers td:first-child{white-space:nowrap}
-.answers td:last-child{font-weight:600}
+.arms td:nth-child(n+2):not(:last-child),.arms th:nth-child(n+2):not(:last-child){text-align:right}
+.arms td:not(:last-child),.answers td{white-space:nowrap}
+.arms td:last-child{min-width:15rem}
+.answers td:nth-child(2){font-weight:600}
 .settings td{overflow-wrap:anywhere;min-width:7rem}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:1.2rem}
 .pairs{grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));max-width:960px}
@@ -96,7 +99,7 @@ def study_page(
     chips = [colours.get(origin, "") for origin in origins.values()]
     parts = [*(f"<p>{html.escape(line)}</p>" for line in explanation(outcome))]
     arms = [panel._replace(title=html.escape(panel.title)) for panel in panels["arms"]]
-    parts += [figures(arms, "pairs"), as_table(head, rows, "numbers", chips)]
+    parts += [figures(arms, "pairs"), as_table(head, rows, "arms", chips)]
     found = list(answers(outcome))
     if found:
         parts.append(f"<h2>Questions and answers</h2><p>{html.escape(HOW)}</p>")

@@ -404,7 +404,7 @@ def _arms(
         "title": study.title,
         "seeds": study.seeds,
         "arms": {
-            name: {"runs": [run.name for run in runs[name]]}
+            name: {"about": arm.about, "runs": [run.name for run in runs[name]]}
             | (
                 {"share": shares[name], "of": arm.of, "time_of": arm.time_of}
                 if name in shares

@@ -35,6 +35,7 @@ FORM = {
 }
 """Form of a study; one that is not of another needs arms and seeds."""
 ARM = {
+    "about?": str,
     "config?": str,
     "options?": dict,
     "tuned_as?": str,
@@ -78,6 +79,7 @@ class Arm:
         of: The arm it was derived from.
         time_of: Arm in whose training time it is to be trained: its lengths are those of ``of``
             times the ratio of the two arms' times, as measured in their finished runs.
+        about: What it is, in a few words for the tables.
     """
 
     config: Path
@@ -86,6 +88,7 @@ class Arm:
     evaluate: dict[str, list[str]] = field(default_factory=dict)
     of: str | None = None
     time_of: str | None = None
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,7 @@ def _arms(
         tuned_as = given.get("tuned_as", of if tuned and name not in known else None)
         own = scores | (given.get("evaluate") or {})
         evaluate = {key: [str(word) for word in words] for key, words in own.items()}
-        arms[name] = Arm(place, options, tuned_as, evaluate, of, time_of)
+        arms[name] = Arm(place, options, tuned_as, evaluate, of, time_of, given.get("about") or "")
     return arms
 
 

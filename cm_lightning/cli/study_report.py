@@ -196,7 +196,8 @@ def arms_table(outcome: Mapping[str, Any], out: Path) -> tuple[list[str], list[l
     """
     main = main_results(outcome)
     tuned = [outcome["key"].rpartition(".")[2]] if outcome["key"] else []
-    head = ["arm", *(label(key, main) for key in main), "kimg", "minutes", *tuned]
+    about = ["what it is"] if any(arm.get("about") for arm in outcome["arms"].values()) else []
+    head = ["arm", *(label(key, main) for key in main), "kimg", "minutes", *tuned, *about]
     rows = []
     for name, arm in outcome["arms"].items():
         records = [read_mapping(out / run / "run.json") for run in arm["runs"]]
@@ -206,7 +207,8 @@ def arms_table(outcome: Mapping[str, Any], out: Path) -> tuple[list[str], list[l
         found = outcome["results"][name]
         row = [name, *(shown(found[key]) if key in found else "" for key in main)]
         row += [f"{records[0]['total_kimg']:g}", f"{np.mean(minutes):.1f}"]
-        rows.append([*row, *([f"{arm.get('tuned', '')}"] if tuned else [])])
+        row += [f"{arm.get('tuned', '')}"] * len(tuned) + [arm.get("about") or ""] * len(about)
+        rows.append(row)
     return head, rows
 
 
@@ -284,10 +286,9 @@ def answer_rows(found: Sequence[Answer]) -> tuple[list[str], list[list[str]]]:
         difference, base = f"{mean:+.3f} ± {width:.3f}", np.mean(answer.theirs)
         if base > 0:
             difference += f" ({100 * mean / base:+.1f} %)"
-        names = [answer.arm, answer.baseline, answer.result]
-        values = [shown(answer.ours), shown(answer.theirs)]
-        rows.append([*names, *values, difference, answer.verdict])
-    return ["arm", "baseline", "result", "arm's", "baseline's", "difference", "arm is"], rows
+        names = [answer.arm, answer.verdict, answer.baseline, answer.result]
+        rows.append([*names, difference, shown(answer.ours), shown(answer.theirs)])
+    return ["arm", "is", "than", "result", "difference", "arm's", "baseline's"], rows
 
 
 def summary(outcome: Mapping[str, Any], out: Path) -> str:
