@@ -258,9 +258,11 @@ def explanation(outcome: Mapping[str, Any]) -> list[str]:
         if arm.get("time_of") is not None and arm.get("share") is not None
     }
     lines = [
-        f"Values are {', '.join(bases)}: lower is better. Mean ± 95 % interval (Student's t) over "
-        f"training seeds {seeds}. kimg: thousands of images seen; minutes: of one run, its "
-        "evaluation included."
+        "Values are Frechet distances between generated and training images: 0 is perfect, lower "
+        f"is better. Columns: {', '.join(bases)} (features and number of samples, then the average "
+        "of the weights that was measured, live for the weights themselves) and network calls per "
+        f"image. Mean ± 95 % interval (Student's t) over training seeds {seeds}. kimg: thousands "
+        "of images seen; minutes: of one run, its evaluation included."
     ]
     if timed:
         times = ", ".join(f"{name} {share:g} ({other})" for name, (other, share) in timed.items())
