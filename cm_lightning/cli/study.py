@@ -58,6 +58,10 @@ class Run:
         return f"{{study}}/{name}" in json.dumps(self.options, ensure_ascii=False)
 
 
+class Abandoned(InputError):
+    """A run that was not begun because another one failed."""
+
+
 class Runner:
     """Trains and evaluates what is missing and reads what is there, several runs at a time.
 
@@ -81,6 +85,7 @@ class Runner:
         self.number = self.trained = 0
         self._started = time.perf_counter()
         self._lock = threading.Lock()
+        self._failed = threading.Event()
         self._pool = ThreadPoolExecutor(jobs)
         self._first: dict[str, Future[dict[str, float]]] = {}
         for run in first:
@@ -106,8 +111,9 @@ class Runner:
         order = sorted(range(len(runs)), key=waiting.__getitem__)
         futures = {place: self._pool.submit(self._one, runs[place], self._first) for place in order}
         ended, _ = wait([*self._first.values(), *futures.values()], return_when=FIRST_EXCEPTION)
-        for future in ended:
-            future.result()
+        errors = [error for error in (future.exception() for future in ended) if error]
+        for error in sorted(errors, key=lambda error: isinstance(error, Abandoned)):
+            raise error
         return [futures[place].result() for place in range(len(runs))]
 
     def _one(self, run: Run, before: Mapping[str, Future[dict[str, float]]]) -> dict[str, float]:
@@ -115,6 +121,8 @@ class Runner:
         for name, future in before.items():
             if run.needs(name):
                 future.result()
+        if self._failed.is_set():
+            raise Abandoned(f"{run.name} was not begun, as another run failed.")
         folder = self.out / run.name
         found = finished(folder)
         missing = found is None
@@ -122,8 +130,10 @@ class Runner:
             self._check_note(run, OPTIONS, describe(run))
             self._check_length(run)
         else:
-            options = scaled(run.options, self.lengths, run.share)
-            options |= {"run_dir": str(folder), "trainer.enable_progress_bar": False}
+            options = scaled(run.options, self.lengths, run.share) | {
+                "run_dir": str(folder),
+                "trainer.enable_progress_bar": False,
+            }
             words = ["--config", str(run.config), *option_words(options, self.out)]
             self._command(run, ["cm_lightning.cli.fit", *words], OPTIONS, describe(run))
             found = finished(folder)
@@ -194,6 +204,7 @@ class Runner:
             )
             stream.write(done.stderr)
         if done.returncode:
+            self._failed.set()
             last = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
             if not folder.exists() and log in made:  # it never began: nothing of it is left
                 log.unlink()
