@@ -110,8 +110,9 @@ class Runner:
         waiting = [any(map(run.needs, self._first)) for run in runs]
         order = sorted(range(len(runs)), key=waiting.__getitem__)
         futures = {place: self._pool.submit(self._one, runs[place], self._first) for place in order}
-        ended, _ = wait([*self._first.values(), *futures.values()], return_when=FIRST_EXCEPTION)
-        errors = [error for error in (future.exception() for future in ended) if error]
+        queued = [*self._first.values(), *futures.values()]
+        ended, _ = wait(queued, return_when=FIRST_EXCEPTION)
+        errors = [error for f in queued if f in ended and (error := f.exception())]
         for error in sorted(errors, key=lambda error: isinstance(error, Abandoned)):
             raise error
         return [futures[place].result() for place in range(len(runs))]
@@ -123,6 +124,13 @@ class Runner:
                 future.result()
         if self._failed.is_set():
             raise Abandoned(f"{run.name} was not begun, as another run failed.")
+        try:
+            return self._make(run)
+        except BaseException:
+            self._failed.set()
+            raise
+
+    def _make(self, run: Run) -> dict[str, float]:
         folder = self.out / run.name
         found = finished(folder)
         missing = found is None
@@ -204,7 +212,6 @@ class Runner:
             )
             stream.write(done.stderr)
         if done.returncode:
-            self._failed.set()
             last = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
             if not folder.exists() and log in made:  # it never began: nothing of it is left
                 log.unlink()
