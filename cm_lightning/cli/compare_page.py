@@ -21,6 +21,7 @@ from cm_lightning.cli.study_report import (
     explanation,
     other_results,
     search_table,
+    unanswered,
 )
 
 __all__ = ["page", "study_page"]
@@ -106,6 +107,10 @@ def study_page(
     for question, pairs in found:
         parts.append(f"<h3>{html.escape(question)}</h3>")
         parts.append(as_table(*answer_rows(pairs), "answers"))
+    missing = unanswered(outcome)
+    if missing:
+        words = html.escape("; ".join(missing))
+        parts.append(f"<p>No such results, so no answer: {words}.</p>")
     others = other_results(outcome)
     if others:
         shown = as_table(["run", "result", "value"], others, "answers")

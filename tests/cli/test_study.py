@@ -242,7 +242,8 @@ def test_first_runs_shares_evaluations_and_times(study, program, tmp_path):
         "timed": {"of": "tuned", "time_of": "longer"},
     }
     changes = {"first": {"start": {"options": short}}, "lengths": ["model.total_kimg"]}
-    changes |= {"options": short, "questions": {"Is longer better?": [["longer", "tuned"]]}}
+    questions = {"Is longer better?": [["longer", "tuned"], ["tuned | no<b>", "longer | no<b>"]]}
+    changes |= {"options": short, "questions": questions}
     path = study(arms=arms, tune=None, **changes)
     done = program("cm-study", path, "--out", out, "--jobs", 2)
     assert done.code == 0, done.err
@@ -295,6 +296,7 @@ def test_first_runs_shares_evaluations_and_times(study, program, tmp_path):
     assert done.code == 0, done.err
     text = (page / "comparison.html").read_text()
     assert "<h3>Is longer better?</h3>" in text
+    assert "no answer: tuned | no&lt;b&gt;; longer | no&lt;b&gt;." in text
     assert "timed" in text
     assert (page / "figures" / "arms_fd_digits66_ema_0.9_nfe1.png").is_file()
     assert (page / "figures" / "samples_nfe1.png").is_file()
