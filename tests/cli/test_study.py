@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from cm_lightning.cli.study import Run, Runner, option_words, training_minutes
+from cm_lightning.cli.study import training_minutes
 from cm_lightning.cli.study_file import read_study
 from cm_lightning.cli.study_report import (
     answers,
@@ -21,6 +21,7 @@ from cm_lightning.cli.study_report import (
     other_results,
     read_outcome,
 )
+from cm_lightning.cli.study_runs import Run, Runner, option_words
 from cm_lightning.evaluation import read_metrics
 from tests.cli.conftest import DIGITS, ROOT, TINY
 from tests.data.test_readers import write_idx
