@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -184,6 +185,7 @@ def step(options: argparse.Namespace) -> str:
     Returns:
         A Markdown table: milliseconds as median (smallest-largest), the median ratio of
         neighbouring turns, images and operations per second, and their share of a matrix product's.
+        Each row goes to the standard error as soon as it is known: compiling may take minutes.
     """
     device = torch.device(options.device)
     kinds = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -224,6 +226,7 @@ def step(options: argparse.Namespace) -> str:
                             f"{100 * done / rate:.0f} %",
                         ]
                     )
+                    print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
     head = [
         "regime",
         "precision",

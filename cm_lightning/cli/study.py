@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cm_lightning.callbacks.checkpoints import INTERRUPTED
 from cm_lightning.callbacks.run_record import write_text
 from cm_lightning.cli import evaluate
 from cm_lightning.cli.errors import CommandParser, fail, readable_errors
@@ -214,6 +218,29 @@ def _search(arms: dict[str, Arm], tune: Tuning, runner: Runner) -> dict[str, dic
     return means
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let other signals do what Ctrl-C does, and leave with a sentence and exit code 75."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    old = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGUSR1", "SIGHUP"):
+            number = getattr(signal, name)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                old[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{COMMAND}: stopped; the same command continues.\n")
+        sys.exit(INTERRUPTED)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``cm-study``."""
     parser = CommandParser(
@@ -243,7 +270,8 @@ def main(args: list[str] | None = None) -> None:
             fail(COMMAND, f"--jobs must be 1 or more, got {options.jobs}.")
         if options.search and study.tune is None:
             fail(COMMAND, f"--search: {path} has no `tune`.")
-        outcome = execute(study, out, options.only, options.jobs, options.search)
+        with interruptible():
+            outcome = execute(study, out, options.only, options.jobs, options.search)
         if options.search:
             print(f"\n{table(*search_table(outcome))}")
             return

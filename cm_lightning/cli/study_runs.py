@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -78,6 +79,8 @@ class Runner:
         self._started = time.perf_counter()
         self._lock = threading.Lock()
         self._failed = threading.Event()
+        self._stopped = False
+        self._live: set[subprocess.Popen[str]] = set()
         self._pool = ThreadPoolExecutor(jobs)
         self._first: dict[str, Future[dict[str, float]]] = {}
         for run in first:
@@ -86,8 +89,22 @@ class Runner:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *args: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *args: object) -> None:
+        """Wait for what runs; once interrupted, after asking it to stop."""
+        if kind is KeyboardInterrupt:
+            self._stop(signal.SIGTERM)
+        try:
+            self._pool.shutdown(cancel_futures=True)
+        except KeyboardInterrupt:
+            self._stop(signal.SIGKILL)
+            raise
+
+    def _stop(self, number: signal.Signals) -> None:
+        self._failed.set()
+        with self._lock:
+            self._stopped = True
+            for process in self._live:
+                process.send_signal(number)
 
     def first(self) -> dict[str, dict[str, float]]:
         """Results of the runs that others need."""
@@ -194,17 +211,24 @@ class Runner:
         environment = {"OMP_NUM_THREADS": threads} | os.environ if self.jobs > 1 else os.environ
         with log.open("a", encoding="utf-8") as stream:
             print(start + json.dumps(note, sort_keys=True), file=stream, flush=True)
-            done = subprocess.run(  # noqa: S603
-                [sys.executable, "-m", *words],
-                stdout=stream,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=dict(environment),
-                check=False,
-            )
-            stream.write(done.stderr)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
+            with self._lock:
+                if self._stopped:
+                    raise Abandoned(f"{run.name} goes on when the study is called again.")
+                process = subprocess.Popen(  # noqa: S603
+                    [sys.executable, "-m", *words],
+                    stdout=stream,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=dict(environment),
+                    process_group=0,  # Ctrl-C reaches it through the study alone
+                )
+                self._live.add(process)
+            _, errors = process.communicate()
+            with self._lock:
+                self._live.remove(process)
+            stream.write(errors)
+        if process.returncode:
+            last = (errors.strip().splitlines() or ["no reason was given"])[-1]
             if not folder.exists() and log in made:  # it never began: nothing of it is left
                 log.unlink()
                 for path in made[1:]:

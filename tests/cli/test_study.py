@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +234,29 @@ def test_a_failing_run_stops_the_study_with_its_message(study, program, tmp_path
     assert "ect/0.001/seed7 failed" in done.err
     assert "the arms are ect, huber" in program("cm-study", path, "--only", "none").err
     assert "--jobs must be 1 or more" in program("cm-study", path, "--jobs", 0).err
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_study_that_is_stopped_stops_its_runs(name, study, tmp_path):
+    options = {"model.total_kimg": 64, "fid.every_kimg": None, "samples.every_kimg": 100}
+    path = study(tune=None, options=options, arms={"ect": None}, questions={})
+    out = tmp_path / "out"
+    run = out / "ect/seed1"
+    words = [sys.executable, "-m", "cm_lightning.cli.study", str(path), "--out", str(out)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not any(run.glob("checkpoints/*.ckpt")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(getattr(signal, name))
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert errors.strip() == "cm-study: stopped; the same command continues."
+    assert not json.loads((run / "run.json").read_text()).get("results")
+    assert "SIGTERM: writing a checkpoint" in (out / "ect/seed1.log").read_text()
+    assert not (out / "ect/seed2").exists()
+    assert subprocess.run(["pgrep", "-f", str(out)], check=False).returncode == 1  # nothing runs on
 
 
 def test_first_runs_shares_evaluations_and_times(study, program, tmp_path):
