@@ -243,14 +243,17 @@ def test_a_study_that_is_stopped_stops_its_runs(name, study, tmp_path):
     out = tmp_path / "out"
     run = out / "ect/seed1"
     words = [sys.executable, "-m", "cm_lightning.cli.study", str(path), "--out", str(out)]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    try:
         deadline = time.monotonic() + 120
         while not any(run.glob("checkpoints/*.ckpt")):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(getattr(signal, name))
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 75
     assert errors.strip() == "cm-study: stopped; the same command continues."
     assert not json.loads((run / "run.json").read_text()).get("results")
