@@ -42,7 +42,7 @@ th{font-weight:600;white-space:nowrap}
 .numbers td:first-child{white-space:nowrap}
 .arms td:nth-child(n+2):not(:last-child),.arms th:nth-child(n+2):not(:last-child){text-align:right}
 .arms td:not(:last-child),.answers td{white-space:nowrap}
-.arms td:last-child{min-width:15rem}
+.arms td:last-child{min-width:12rem}
 .answers td:nth-child(2){font-weight:600}
 .settings td{overflow-wrap:anywhere;min-width:7rem}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:1.2rem}
