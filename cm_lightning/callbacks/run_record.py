@@ -25,7 +25,7 @@ from cm_lightning.loggers import KimgWandbLogger, MetricsCSV
 from cm_lightning.types import InputError
 from cm_lightning.version import __version__
 
-__all__ = ["RunRecordCallback", "write_text"]
+__all__ = ["RunRecordCallback", "in_use", "is_in_use", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,10 +80,7 @@ class RunRecordCallback(L.Callback):
             self._lock.take(run_dir) if trainer.is_global_zero else None
         )
         if not free:
-            raise InputError(
-                f"--run_dir {run_dir} is in use: another process trains there. Wait for it, or "
-                "choose another directory."
-            )
+            raise in_use(run_dir)
         self._started = time.perf_counter()
         late = None if self.late_logger is None else self.late_logger()
         if late is not None:
@@ -183,6 +180,23 @@ class _Lock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+def is_in_use(run_dir: Path) -> bool:
+    """Whether another process trains in a run directory that is there."""
+    lock = _Lock()
+    try:
+        return not lock.take(run_dir)
+    finally:
+        lock.release()
+
+
+def in_use(run_dir: Path) -> InputError:
+    """What is said then."""
+    return InputError(
+        f"--run_dir {run_dir} is in use: another process trains there. Wait for it, or "
+        "choose another directory."
+    )
 
 
 def results(trainer: L.Trainer) -> dict[str, dict[str, Any]]:

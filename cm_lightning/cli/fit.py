@@ -31,6 +31,7 @@ from cm_lightning.callbacks import (
     SamplesCallback,
     checkpoints_of,
 )
+from cm_lightning.callbacks.run_record import in_use, is_in_use
 from cm_lightning.cli.errors import Parser, about_input, about_machine, fail, readable_errors
 from cm_lightning.cli.help import fit_help
 from cm_lightning.cli.keys import check_keys, misfit
@@ -371,6 +372,8 @@ def prepare_resume(cli: FitCLI) -> dict[str, Any] | None:
     nimg = checkpoint["cm_lightning"]["nimg"]
     newest = next(filter(is_intact, checkpoints_of(cli.plan.run_dir)), None)
     if newest is not None and newest.name > f"nimg{nimg:012d}.ckpt":
+        if is_in_use(cli.plan.run_dir):
+            raise in_use(cli.plan.run_dir)
         raise InputError(
             f"{cli.plan.run_dir} holds a newer checkpoint, {newest.name}, than {path}: choose "
             "another --run_dir, so that nothing is lost."

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +119,13 @@ def test_a_second_process_is_refused(tmp_path, fit):
     wait_for(lambda: list((run / "checkpoints").glob("nimg*.ckpt")), process)
     try:
         done = fit(run, *SAVES, "--model.total_kimg", 500)
+        assert done.code == 2
+        assert "is in use: another process trains there" in done.err
+        # so too if that process wrote a checkpoint after this one chose the one to continue from
+        saved = run / "checkpoints"
+        first = Path(shutil.copy(max(saved.glob("nimg*.ckpt")), tmp_path))
+        wait_for(lambda: max(saved.glob("nimg*.ckpt")).name > first.name, process)
+        done = fit(run, *SAVES, "--model.total_kimg", 500, "--resume", first)
         assert done.code == 2
         assert "is in use: another process trains there" in done.err
     finally:
