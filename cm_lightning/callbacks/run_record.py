@@ -192,7 +192,7 @@ def is_in_use(run_dir: Path) -> bool:
 
 
 def in_use(run_dir: Path) -> InputError:
-    """What is said then."""
+    """The error about a run directory where another process trains."""
     return InputError(
         f"--run_dir {run_dir} is in use: another process trains there. Wait for it, or "
         "choose another directory."
