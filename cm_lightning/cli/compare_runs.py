@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cm_lightning.cli.evaluate import RESULTS
+from cm_lightning.cli.evaluate_results import RESULTS
 from cm_lightning.cli.run_dir import flatten, read_config
 from cm_lightning.cli.study_report import RECORD
 from cm_lightning.documents import check_form, read_mapping

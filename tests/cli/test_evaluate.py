@@ -155,7 +155,7 @@ def test_weights_without_a_run_need_a_config(run, program, tmp_path):
 
 
 def test_statistics_from_a_file(run, program, tmp_path):
-    from cm_lightning.cli.evaluate import read_against
+    from cm_lightning.cli.evaluate_samples import read_against
     from cm_lightning.evaluation import reference_statistics
 
     config = yaml.safe_load((run / "config.yaml").read_text())
