@@ -29,11 +29,14 @@ class FeatureExtractor(nn.Module, ABC):
         metric: Name of the Frechet distance over these features in logs.
         preprocessing: What happens to the pixels before the network; part of the fingerprint.
         has_logits: Whether it also classifies, for the Inception score.
+        cpu_batch: Images per pass on a CPU, where activations of many large images are slow:
+            memory of this size is mapped anew for every layer. ``None`` for all at once.
     """
 
     metric: str
     preprocessing: str
     has_logits: bool = False
+    cpu_batch: int | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,8 +105,11 @@ class FeatureExtractor(nn.Module, ABC):
                 f"{tuple(images.shape)}; to_uint8 converts them."
             )
         network = self._loaded().to(images.device)
+        size = self.cpu_batch if images.device.type == "cpu" else None
         with torch.autocast(images.device.type, enabled=False), _full_float32():
-            return self.extract_all(network, images)
+            parts = [self.extract_all(network, part) for part in images.split(size or len(images))]
+        features, logits = zip(*parts, strict=True)
+        return torch.cat(features), torch.cat(logits) if self.has_logits else None
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode, whatever ``mode``."""
@@ -132,6 +138,7 @@ class Inception(FeatureExtractor):
     num_features = 2048
     preprocessing = "tensorflow1-bilinear-299"
     has_logits = True
+    cpu_batch = 4
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
@@ -189,6 +196,7 @@ class DINOv2(FeatureExtractor):
     """
 
     preprocessing = "bicubic-antialias-224"
+    cpu_batch = 4
 
     def __init__(
         self,
@@ -274,6 +282,7 @@ class Timm(FeatureExtractor):
     """
 
     metric = "fd_timm"
+    cpu_batch = 4
 
     def __init__(
         self, model: str = "tf_efficientnet_lite0", weights: str | None = None, size: int = 224
