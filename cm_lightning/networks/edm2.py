@@ -359,6 +359,7 @@ class EDM2Precond(EDMPrecond):
         self.learn_variance = learn_variance
 
     def log_variance(self, sigma: Tensor) -> Tensor:
-        """Give u(sigma), ``(B,)``, for noise levels ``(B,)``."""
-        features = self.logvar_fourier(sigma.log() / 4)
-        return self.logvar_linear(features)[:, 0]  # type: ignore[no-any-return]
+        """Give u(sigma), ``(B,)``, for noise levels ``(B,)``, in fp32 under autocast too."""
+        with torch.autocast(sigma.device.type, enabled=False):
+            features = self.logvar_fourier(sigma.log() / 4)
+            return self.logvar_linear(features)[:, 0]  # type: ignore[no-any-return]

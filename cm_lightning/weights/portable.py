@@ -106,12 +106,13 @@ def start_from(denoiser: Denoiser, weights: Denoiser, where: str) -> list[str]:
         Names of tensors that were left out.
 
     Raises:
-        InputError: If image shape, classes, sigma_data or any tensor differ.
+        InputError: If image shape, classes, sigma_data, noise_scale or any tensor differ.
     """
     for what, ours, theirs in (
         ("images of shape (C, H, W)", denoiser.image_shape, weights.image_shape),
         ("a number of classes", denoiser.num_classes, weights.num_classes),
         ("a sigma_data", denoiser.sigma_data, weights.sigma_data),
+        ("a noise_scale", *(getattr(model, "noise_scale", 1.0) for model in (denoiser, weights))),
     ):
         if ours != theirs:
             raise InputError(

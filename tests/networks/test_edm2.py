@@ -140,3 +140,15 @@ def test_classes_change_the_output_and_minus_one_means_none():
 def test_bad_arguments_are_named(arguments, words):
     with pytest.raises(InputError, match=words):
         EDM2UNet(**({"img_resolution": 64} | arguments))
+
+
+def test_log_variance_is_fp32_under_autocast():
+    denoiser = small()
+    fill(denoiser)
+    sigma = torch.tensor([0.01, 0.5, 2.0, 80.0])
+    with torch.no_grad():
+        expected = denoiser.log_variance(sigma)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = denoiser.log_variance(sigma)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
