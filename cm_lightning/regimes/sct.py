@@ -18,6 +18,7 @@ from cm_lightning.objective import (
     Heun,
     Independent,
     InverseStep,
+    MinibatchOT,
     Objective,
     Phases,
     PseudoHuber,
@@ -26,7 +27,7 @@ from cm_lightning.objective import (
 )
 from cm_lightning.optim import GradientGuard, LearningRate
 from cm_lightning.regimes.base import ConsistencyModule, radam
-from cm_lightning.types import Batch, Denoiser, LossOutput, References
+from cm_lightning.types import Batch, Denoiser, InputError, LossOutput, References
 from cm_lightning.weights import Pretrained
 
 __all__ = ["SCT"]
@@ -72,7 +73,8 @@ class SCT(ConsistencyModule):
         init: Weights to start from, as published those of a diffusion model.
 
     Raises:
-        InputError: If there are fewer references than asked for.
+        InputError: If there are fewer references than asked for, or the coupling is MinibatchOT:
+            E[x0 | x_t] over the references holds for independent x0 and z alone.
     """
 
     def __init__(
@@ -94,6 +96,11 @@ class SCT(ConsistencyModule):
         init: Pretrained | None = None,
     ) -> None:
         super().__init__(denoiser, total_kimg, optimizer, learning_rate, gradients, seed, init)
+        if isinstance(coupling, MinibatchOT):
+            raise InputError(
+                "model.coupling is MinibatchOT, but SCT's target takes image and noise to be "
+                "independent: choose Independent or GeneratorCoupling."
+            )
         self.references = references
         self.posterior = posterior
         step = Heun(posterior) if solver == "heun" else Euler(posterior)
