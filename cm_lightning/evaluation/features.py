@@ -105,9 +105,9 @@ class FeatureExtractor(nn.Module, ABC):
                 f"{tuple(images.shape)}; to_uint8 converts them."
             )
         network = self._loaded().to(images.device)
-        size = self.cpu_batch if images.device.type == "cpu" else None
+        size = (self.cpu_batch if images.device.type == "cpu" else None) or len(images)
         with torch.autocast(images.device.type, enabled=False), _full_float32():
-            parts = [self.extract_all(network, part) for part in images.split(size or len(images))]
+            parts = [self.extract_all(network, part) for part in torch.split(images, size)]
         features, logits = zip(*parts, strict=True)
         return torch.cat(features), torch.cat(logits) if self.has_logits else None
 
