@@ -260,6 +260,9 @@ class ConsistencyModule(L.LightningModule):
             group.setdefault("initial_lr", group["lr"])
             if isinstance(optimizer, torch.optim.Adam) and group["foreach"] is None:
                 group["fused"] = group["fused"] is not False  # one pass over the weights
+        # under 16-mixed a fused one would get scaled gradients, of which infinite ones are
+        # sanitised before the scaler looks for them: let it unscale, look and skip first
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         return optimizer
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
