@@ -28,6 +28,7 @@ class ClassifierFeatures(FeatureExtractor):
     """
 
     preprocessing = "float64"
+    cpu_batch = None  # its images are small
     weights: ClassVar[Path]
     shapes: ClassVar[tuple[tuple[int, int, int], ...]]
     noise: ClassVar[float]

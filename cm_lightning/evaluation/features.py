@@ -36,7 +36,7 @@ class FeatureExtractor(nn.Module, ABC):
     metric: str
     preprocessing: str
     has_logits: bool = False
-    cpu_batch: int | None = None
+    cpu_batch: int | None = 4
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +138,6 @@ class Inception(FeatureExtractor):
     num_features = 2048
     preprocessing = "tensorflow1-bilinear-299"
     has_logits = True
-    cpu_batch = 4
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
@@ -196,7 +195,6 @@ class DINOv2(FeatureExtractor):
     """
 
     preprocessing = "bicubic-antialias-224"
-    cpu_batch = 4
 
     def __init__(
         self,
@@ -282,7 +280,6 @@ class Timm(FeatureExtractor):
     """
 
     metric = "fd_timm"
-    cpu_batch = 4
 
     def __init__(
         self, model: str = "tf_efficientnet_lite0", weights: str | None = None, size: int = 224

@@ -121,7 +121,8 @@ class ReferenceMean(PosteriorMean):
 
     Rows with label -1, with a generated ``x0`` or without another image of their class keep
     ``x0``. References are streamed in chunks, so memory does not grow with their number; all is
-    computed in fp32 (float64 for float64 images) outside autocast.
+    computed in fp32 (float64 for float64 images) outside autocast, its products in TF32 if the run
+    allows that.
 
     Args:
         chunk: References per chunk, >= 1; ``None`` for as many as a CPU core's cache holds as

@@ -61,7 +61,9 @@ class Heun(Solver):
               d' = \frac{x' - \bar x(x', r)}{r}, \quad x_r = x_t + (r - t)\,\frac{d + d'}{2}
 
     Error per step :math:`O((t-r)^3)`, two estimates of the posterior mean (CD, arXiv:2303.01469).
-    Where r = 0 the second slope does not exist and the step is Euler's.
+    Where r = 0 the second slope does not exist and the step is Euler's. Rows that the first
+    estimate leaves at their own image by its skip rule get the second one like all others: the rule
+    is about :math:`x_0 + t z` and does not hold for :math:`x'`.
 
     Args:
         posterior: Estimate of the posterior mean.
@@ -76,5 +78,7 @@ class Heun(Solver):
         step = expand(r - t, x_t)
         slope = (x_t - self.posterior(x_t, t, batch)) / expand(t, x_t)
         euler = x_t + step * slope
+        if batch.references is not None:
+            batch = batch._replace(references=batch.references._replace(nearest=None))
         second = (euler - self.posterior(euler, safe_r, batch)) / expand(safe_r, x_t)
         return torch.where(expand(at_zero, x_t).bool(), euler, x_t + step * (slope + second) / 2)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
-from cm_lightning.evaluation import DINOv2, Inception, Timm
+from cm_lightning.evaluation import DINOv2, FeatureExtractor, Inception, Timm
 from cm_lightning.files import find_weights
 from cm_lightning.types import InputError
 
@@ -353,3 +353,28 @@ def test_dinov2_weights_that_do_not_fit(dinov2_file, tmp_path, monkeypatch):
         DINOv2().load()
     with pytest.raises(InputError, match="small, base, large"):
         DINOv2(size="huge")
+
+
+@pytest.mark.parametrize(("per_pass", "sizes"), [(4, [4, 4, 2]), (None, [10])])
+def test_a_cpu_gets_few_images_at_a_time(per_pass, sizes):
+    class Pixels(FeatureExtractor):
+        metric, name, preprocessing = "pixels", "pixels", "none"
+        num_features, has_logits, cpu_batch = 4, True, per_pass
+
+        def build(self):
+            return torch.nn.Flatten()
+
+        def extract(self, network, images):
+            passes.append(len(images))
+            return network(images).float()
+
+        def extract_all(self, network, images):
+            features = self.extract(network, images)
+            return features, -features
+
+    passes = []
+    images = torch.arange(40, dtype=torch.uint8).reshape(10, 1, 2, 2)
+    features, logits = Pixels().outputs(images)
+    assert passes == sizes
+    assert torch.equal(features, images.flatten(1).float())
+    assert torch.equal(logits, -features)

@@ -216,6 +216,24 @@ def test_everything_is_full_precision_under_autocast():
     assert torch.equal(plain, mixed)
 
 
+def test_heun_applies_the_skip_rule_to_its_first_estimate_alone(generator):
+    """At r another image may be near that of a row which was between both at t > r."""
+    n, shape = 2000, (1, 1, 2)
+    pool = torch.zeros(2, *shape, dtype=torch.float64)
+    pool[1, 0, 0, 0] = 8.4
+    index = torch.arange(n) % 2
+    t, r = torch.full((n,), 2.0).double(), torch.ones(n).double()
+    x0 = pool[index]
+    x_t = x0 + 2 * torch.randn(n, *shape, generator=generator, dtype=torch.float64)
+    nearest = torch.full((n,), 8.4).double()
+    batch = Batch(x0, None, index, References(pool, None, torch.arange(2), nearest))
+    skipping, plain = (Heun(ReferenceMean(skip=skip))(x_t, t, r, batch) for skip in (8.0, None))
+    torch.testing.assert_close(skipping, plain, rtol=1e-12, atol=1e-12)
+    far = batch._replace(references=batch.references._replace(nearest=nearest + 100))
+    kept = Heun(ReferenceMean(skip=8.0))(x_t, t, r, far)
+    assert float((kept - plain).flatten(1).norm(dim=1).max()) > 1  # the rule does act at t
+
+
 def test_bad_arguments_are_named():
     for make in (lambda: ReferenceMean(chunk=0), lambda: ReferenceMean(skip=0)):
         with pytest.raises(InputError):
