@@ -85,7 +85,7 @@ def kept(key: Tensor, shape: torch.Size, p: float, device: torch.device) -> Tens
 
 
 def _hash(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """A keyed bijection of 32-bit integers; multiplications wrap around."""
+    """A keyed hash of 32-bit integers; multiplications wrap around, shifts carry the sign."""
     x = x ^ a
     x = (x ^ (x >> 16)) * 0x7FEB352D + b
     x = (x ^ (x >> 15)) * -0x7B935975

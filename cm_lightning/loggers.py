@@ -262,8 +262,12 @@ def wandb_logger(
     if options.project is None:
         return None
     offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun")
+    later = f"`wandb sync --yes {run_dir}/wandb/offline-run-*` sends the run later"
     if "WANDB_MODE" not in os.environ and not has_wandb_key():
-        say("W&B: no API key found, logging offline; `wandb sync` sends the run later.")
+        say(
+            "W&B: no API key found (`wandb login` or WANDB_API_KEY gives one), logging offline; "
+            f"{later}."
+        )
         offline = True
     import wandb
 
@@ -288,7 +292,7 @@ def wandb_logger(
             if offline:
                 raise
             reason = str(error).splitlines()[0]
-            say(f"W&B: {reason}; logging offline, `wandb sync` sends the run later.")
+            say(f"W&B: {reason}; logging offline, {later}.")
             offline = True
         else:
             return logger

@@ -55,6 +55,11 @@ def test_store(capsys, tmp_path):
     with pytest.raises(SystemExit):
         bench.main([*words, "--images", "301"])
     assert "store of another shape" in capsys.readouterr().err
+    words[-1] = str(tmp_path / "large")
+    with pytest.raises(SystemExit):
+        bench.main([*words, "--images", str(10**14)])
+    assert "GiB free" in capsys.readouterr().err
+    assert not (tmp_path / "large").exists()
 
 
 def test_classes(capsys, tmp_path):

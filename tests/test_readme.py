@@ -79,7 +79,8 @@ def shrink(words: list[str], place: Path) -> list[str]:
         words = [*words, "--data.source.root", str(place / "fashion"), "--data.global_batch", "4"]
         return [*words, "--model.denoiser.backbone.num_blocks", "1", "--trainer.accelerator", "cpu"]
     small = [word for word in words if word != "--model.total_kimg" and word != "20"]
-    return [*small, "--config", str(ROOT / "tests" / "tiny.yaml")]
+    after = small.index("--config") + 2
+    return [*small[:after], "--config", str(ROOT / "tests" / "tiny.yaml"), *small[after:]]
 
 
 def test_readme_has_commands():

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +82,7 @@ def make_store(path: Path, shape: tuple[int, ...], classes: int) -> None:
         classes: Number of classes.
 
     Raises:
-        InputError: If a store of another shape is there.
+        InputError: If a store of another shape is there, or the disk has too little room.
     """
     if path.is_dir():
         if list(ImageStore(path).info["shape"]) != list(shape):
@@ -87,6 +90,15 @@ def make_store(path: Path, shape: tuple[int, ...], classes: int) -> None:
         return
     partial = path.with_name(f".{path.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
+    size, free = math.prod(shape), shutil.disk_usage(partial).free
+    if size > free:
+        partial.rmdir()
+        raise InputError(
+            f"A store of {size / 2**30:.1f} GiB needs more than the {free / 2**30:.1f} GiB free at "
+            f"{path}: give fewer --images or another --folder."
+        )
+    if size >= 2**30:
+        print(f"Writing {size / 2**30:.1f} GiB of random images to {path}, once.", file=sys.stderr)
     rng = np.random.default_rng(0)
     images = np.lib.format.open_memmap(partial / "images.npy", "w+", np.uint8, shape)
     for start in range(0, len(images), 4096):

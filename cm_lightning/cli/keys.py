@@ -77,8 +77,10 @@ def check_keys(argv: list[str], groups: Mapping[str, type], scalars: Mapping[str
 
     Raises:
         InputError: If a key is unknown; it names the key's path, its origin and the nearest key.
+            If an option stands before a config file that gives its key again.
     """
     given = list(given_keys(argv))
+    _check_order(given)
     classes = {where: _classes(given, where) for _, _, where in given}
     for key, value, where in given:
         parts = key.split(".")
@@ -106,6 +108,20 @@ def check_keys(argv: list[str], groups: Mapping[str, type], scalars: Mapping[str
         if _is_null(value, where) and not takes_null(hint):
             wanted = "" if hint is None else f": it must be {words(hint)}"
             raise InputError(f"{key} must not be null (in {where}){wanted}.")
+
+
+def _check_order(given: list[tuple[str, Any, str]]) -> None:
+    """Refuse options whose value a later config file would replace."""
+    before: set[str] = set()
+    for key, _, where in given:
+        plain = key.replace(".init_args", "")
+        if where == COMMAND_LINE:
+            before.add(plain)
+        elif plain in before:
+            raise InputError(
+                f"--{plain} stands before --config {where}, which sets it again: later words win, "
+                "so put options after --config."
+            )
 
 
 def _is_wild(value: Any, hint: Any) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.cli.conftest import DIGITS, TINY
 from tests.data.test_readers import write_idx
 
 BACKBONE = "--model.denoiser.backbone"
@@ -69,6 +70,23 @@ def test_mistakes(fit, tmp_path, case, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "option", ["--model.total_kimg=1", "--model.init_args.total_kimg=1", "--model=CT"]
+)
+def test_an_option_that_a_later_config_would_replace(program, tmp_path, option):
+    done = program("cm-fit", option, "--config", DIGITS, "--run_dir", tmp_path / "run")
+    assert done.code == 2
+    assert f"stands before --config {DIGITS}, which sets it again" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_before_the_config_that_it_does_not_set(program, tmp_path):
+    words = ["--config", TINY, "--trainer.max_steps", 1]
+    done = program("cm-fit", "--run_dir", tmp_path / "run", "--config", DIGITS, *words)
+    assert done.code == 0, done.err
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("model: [", "not valid YAML"),
@@ -115,7 +133,6 @@ def run_dir(tmp_path_factory) -> Path:
     import sys
 
     from cm_lightning.cli import fit
-    from tests.cli.conftest import DIGITS, TINY
 
     path = tmp_path_factory.mktemp("runs") / "run"
     patch = pytest.MonkeyPatch()

@@ -149,6 +149,20 @@ def test_continue_from_a_named_checkpoint_elsewhere(fit, tmp_path):
     assert_same(a["state_dict"], b["state_dict"])
 
 
+def test_a_fork_takes_the_numbers_of_its_own_optimizer(fit, tmp_path):
+    assert fit(tmp_path / "a").code == 0
+    checkpoint = tmp_path / "a" / "checkpoints" / "nimg000000000320.ckpt"
+    words = ["--model.optimizer.lr", "1e-12", "--model.optimizer.betas", "[0.5, 0.6]"]
+    done = fit(tmp_path / "b", "--resume", checkpoint, *words, "--model.total_kimg", 0.96)
+    assert done.code == 0, done.err
+    start, end = load(checkpoint), load(tmp_path / "b" / "checkpoints" / "nimg000000000960.ckpt")
+    group = end["optimizer_states"][0]["param_groups"][0]
+    assert (group["initial_lr"], tuple(group["betas"])) == (1e-12, (0.5, 0.6))
+    assert start["optimizer_states"][0]["param_groups"][0]["initial_lr"] > 1e-4
+    for name, value in start["state_dict"].items():
+        torch.testing.assert_close(end["state_dict"][name], value, rtol=0, atol=1e-9)
+
+
 def test_the_saved_config_repeats_the_run(fit, program, tmp_path):
     assert fit(tmp_path / "a").code == 0
     done = program(

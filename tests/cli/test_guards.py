@@ -257,7 +257,7 @@ def test_a_wandb_server_that_hangs_is_given_up(fit, tmp_path, monkeypatch):
     assert done.code == 0, done.err
     assert held
     assert time.monotonic() - start < 90
-    assert "logging offline, `wandb sync` sends the run later" in done.out
+    assert f"logging offline, `wandb sync --yes {run}/wandb/offline-run-*` sends" in done.out
     assert list((run / "wandb").glob("offline-run-*"))
     for path in run.rglob("*"):
         assert not path.is_file() or key.encode() not in path.read_bytes(), path
