@@ -19,7 +19,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev,fd]'
 	@touch $(READY)
 
-demo: $(READY)  ## train SCT on digits (about 3 minutes on 2 cores) and draw samples
+demo: $(READY)  ## train SCT on digits (about 2 minutes on 2 cores) and draw samples
 	@run=runs/demo; n=1; while [ -e "$$run" ]; do n=$$((n + 1)); run=runs/demo-$$n; done; \
 	$(BIN)/cm-fit --config configs/sct_digits.yaml --run_dir $$run && \
 	$(BIN)/cm-sample $$run --sigmas 80 --n 100 --grid --out $$run/pictures/1-step && \

@@ -172,7 +172,7 @@ class ConsistencyModule(L.LightningModule):
             denoiser.to(self.device)
 
     def on_train_start(self) -> None:
-        """Give the optimizer the config's numbers; train no further where a run was over already."""
+        """Give the optimizer the config's numbers; train no further where a run was over."""
         optimizers = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizers, Optimizer)
         for group, numbers in zip(optimizers.param_groups, self._numbers, strict=True):
@@ -234,13 +234,21 @@ class ConsistencyModule(L.LightningModule):
         """Check that the data fit the network, before anything is written.
 
         Raises:
-            InputError: If image shape, number of classes, precision or device do not fit.
+            InputError: If image shape, number of classes, precision, device or the smallest noise
+                levels of grid and network do not fit.
         """
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             check_fit(self.denoiser, data.image_shape, data.num_classes)
         if self.stage is not None:
             self.objective.distance.prepare(None if data is None else data.image_shape)
+            grid = self.objective.discretization
+            levels = [getattr(part, "sigma_min", 0) for part in (grid, self.denoiser)]
+            if all(levels) and levels[0] != levels[1]:
+                raise InputError(
+                    f"model.discretization ends at sigma_min {levels[0]:g}, where model.denoiser "
+                    f"with sigma_min {levels[1]:g} is not the identity: give both one value."
+                )
         if self.trainer.precision not in PRECISIONS:
             raise InputError(
                 f"trainer.precision must be one of {', '.join(PRECISIONS)}, got "

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cli.conftest import DIGITS, TINY
+from tests.cli.conftest import DIGITS, ROOT, TINY
 from tests.data.test_readers import write_idx
 
 BACKBONE = "--model.denoiser.backbone"
@@ -66,6 +66,15 @@ def test_mistakes(fit, tmp_path, case, monkeypatch):
     assert message.startswith("cm-fit: error: ")
     assert words in message
     assert "Traceback" not in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_smallest_levels_of_grid_and_network_agree(program, tmp_path):
+    words = ["--config", ROOT / "configs" / "ct_digits.yaml", "--config", TINY]
+    words += ["--model.denoiser", "ConsistencyPrecond", "--model.discretization.sigma_min", 0.01]
+    done = program("cm-fit", *words, "--run_dir", tmp_path / "run")
+    assert done.code == 2
+    assert "ends at sigma_min 0.01, where model.denoiser with sigma_min 0.002 is not" in done.err
     assert not (tmp_path / "run").exists()
 
 
