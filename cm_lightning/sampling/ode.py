@@ -29,7 +29,7 @@ def euler(
     Returns:
         Images ``(B, C, H, W)`` in the dtype of the noise.
     """
-    grid = torch.cat([sigmas.double().cpu(), torch.zeros(1, dtype=torch.float64)])
+    grid: list[float] = [*sigmas.double().tolist(), 0.0]
     x = noise.double() * grid[0]
     for here, there in pairwise(grid):
         x = x + (there - here) * _slope(denoiser, x, here, labels, noise.dtype)
@@ -53,10 +53,10 @@ def heun(denoiser: Denoiser, noise: Tensor, sigmas: Tensor, labels: Tensor | Non
         Images ``(B, C, H, W)`` in the dtype of the noise.
     """
 
-    def slope(x: Tensor, sigma: Tensor) -> Tensor:
+    def slope(x: Tensor, sigma: float) -> Tensor:
         return _slope(denoiser, x, sigma, labels, noise.dtype)
 
-    grid = torch.cat([sigmas.double().cpu(), torch.zeros(1, dtype=torch.float64)])
+    grid: list[float] = [*sigmas.double().tolist(), 0.0]
     x = noise.double() * grid[0]
     for here, there in pairwise(grid):
         d = slope(x, here)
@@ -66,9 +66,9 @@ def heun(denoiser: Denoiser, noise: Tensor, sigmas: Tensor, labels: Tensor | Non
 
 
 def _slope(
-    denoiser: Denoiser, x: Tensor, sigma: Tensor, labels: Tensor | None, dtype: torch.dtype
+    denoiser: Denoiser, x: Tensor, sigma: float, labels: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """dx/dsigma of the probability-flow ODE, float64."""
-    level = torch.full((len(x),), float(sigma), device=x.device, dtype=dtype)
+    level = torch.full((len(x),), sigma, device=x.device, dtype=dtype)
     clean: Tensor = denoiser(x.to(dtype), level, labels)
     return (x - clean.double()) / sigma
