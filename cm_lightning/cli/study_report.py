@@ -80,10 +80,10 @@ class Answer(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """``better``, ``worse``, or ``open`` where the interval holds zero."""
+        """``better``, ``worse``, or ``undecided`` where the interval holds zero."""
         mean, width = self.difference
         if abs(mean) <= width or not np.isfinite(width):
-            return "open"
+            return "undecided"
         return "better" if mean < 0 else "worse"
 
 
@@ -274,8 +274,8 @@ def explanation(outcome: Mapping[str, Any]) -> list[str]:
 
 
 HOW = (
-    "Differences are taken seed by seed; an answer is open where the 95 % interval holds zero. "
-    "With several comparisons, one in twenty intervals misses by chance."
+    "Differences are taken seed by seed; an answer is undecided where the 95 % interval holds "
+    "zero. With several comparisons, one in twenty intervals misses by chance."
 )
 """How to read the answers."""
 

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.optim import Optimizer
 
 from cm_lightning.callbacks import (
@@ -234,8 +235,8 @@ class ConsistencyModule(L.LightningModule):
         """Check that the data fit the network, before anything is written.
 
         Raises:
-            InputError: If image shape, number of classes, precision, device or the smallest noise
-                levels of grid and network do not fit.
+            InputError: If image shape, number of classes, precision, device, strategy or the
+                smallest noise levels of grid and network do not fit.
         """
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
@@ -254,7 +255,13 @@ class ConsistencyModule(L.LightningModule):
                 f"trainer.precision must be one of {', '.join(PRECISIONS)}, got "
                 f"{self.trainer.precision}."
             )
-        device = self.trainer.strategy.root_device
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise InputError(
+                "trainer.strategy must be auto or ddp, as averages and checkpoints need the whole "
+                f"network on every device; got {type(strategy).__name__}."
+            )
+        device = strategy.root_device
         if device.type == "mps":
             raise InputError("Apple's mps device has no float64: use --trainer.accelerator cpu.")
 

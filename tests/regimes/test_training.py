@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from cm_lightning.data import Digits, ImageDataModule
 from cm_lightning.objective import EDM, LogNormal
@@ -156,3 +157,15 @@ class _Fixed(LogNormal):
 def test_bad_arguments_are_named(arguments):
     with pytest.raises(InputError):
         ECT(TinyDenoiser(), **arguments)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_strategies_that_cut_the_network_are_refused(strategy, monkeypatch):
+    module = ECT(TinyDenoiser(), total_kimg=0.1)
+    # both need a GPU to start: let the trainer say that it has one
+    monkeypatch.setattr(L.Trainer, "strategy", property(lambda trainer: strategy()))
+    module._trainer = L.Trainer.__new__(L.Trainer)
+    monkeypatch.setattr(L.Trainer, "datamodule", None, raising=False)
+    monkeypatch.setattr(L.Trainer, "precision", "32-true")
+    with pytest.raises(InputError, match=f"must be auto or ddp.*{strategy.__name__}"):
+        module.setup("fit")
