@@ -6,6 +6,7 @@ A profile says how much of the old average survives one optimizer step,
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ __all__ = [
     "posthoc_coefficients",
     "power_exponent",
     "power_std",
+    "snapshot_nimg",
     "update_average",
 ]
 
@@ -263,3 +265,18 @@ def update_average(average: Sequence[Tensor], weights: Sequence[Tensor], beta: f
             torch._foreach_copy_(list(average), list(weights))
         else:
             torch._foreach_lerp_(list(average), [w.float() for w in weights], 1 - beta)
+
+
+def snapshot_nimg(name: str, total_nimg: int, batch: int) -> int | None:
+    """Images seen by the average of a snapshot.
+
+    Args:
+        name: Its name, ``<profile>@<share>``.
+        total_nimg: Length of the run in images.
+        batch: Images per optimizer step.
+
+    Returns:
+        Images after the step that reached the share; ``None`` for the name of a profile.
+    """
+    _, at, share = name.partition("@")
+    return math.ceil(float(share) * total_nimg / batch) * batch if at else None

@@ -98,7 +98,8 @@ class CheckpointCallback(StepCallback, Checkpoint):
     but at the end of the run: a checkpoint that was due follows the next finite step.
 
     Args:
-        every_kimg: Interval in thousands of images; one is always written at the end.
+        every_kimg: Interval in thousands of images; one is always written at the end, be it that
+            of ``trainer.max_time`` or ``trainer.max_steps``.
         keep: Number of newest checkpoints kept, >= 1.
         keep_every_kimg: Distance in thousands of images at which checkpoints are kept for good,
             ``None`` for none.
@@ -134,7 +135,7 @@ class CheckpointCallback(StepCallback, Checkpoint):
         self.best = best
         self.max_failures = max_failures
         self.keep_every_kimg = keep_every_kimg
-        self._owed = False
+        self._owed = self._pending = self._trial = False
         self._io = AtomicCheckpointIO()
         self._failures = 0
         self._saved = -1
@@ -154,13 +155,18 @@ class CheckpointCallback(StepCallback, Checkpoint):
                 f"checkpoints.best names '{self.best}', and the distances measured are {shown}."
             )
 
+    def make_trial(self) -> None:
+        """Write nothing from now on."""
+        self._trial = True
+
     def _fid(self, trainer: L.Trainer) -> FIDCallback | None:
         found = [c for c in trainer.callbacks if isinstance(c, FIDCallback)]  # type: ignore[attr-defined]
         return found[0] if found and found[0].enabled else None
 
     def on_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Listen to signals: interactive ones, and those of a cluster that wants its machine."""
-        self._owed, self._saved = False, -1
+        self._owed = self._pending = False
+        self._saved = pl_module.nimg
         if threading.current_thread() is threading.main_thread() and not self._handlers:
             for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
                 if hasattr(signal, name):
@@ -185,8 +191,20 @@ class CheckpointCallback(StepCallback, Checkpoint):
         """Leave signals as they were."""
         self._restore()
 
+    def on_micro_batch(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
+        """Remember that a step is under way."""
+        self._pending = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Save where something else ended the run, such as ``trainer.max_time``, between steps."""
+        if not self._pending and self._saved != pl_module.nimg and not self._trial:
+            self.save(trainer, pl_module)
+
     def on_step(self, trainer: L.Trainer, pl_module: Any, before: int, after: int) -> None:
         """Save when it is due; after a signal, save and stop."""
+        self._pending = False
+        if self._trial:
+            return
         interval = self.every_kimg if self.every_kimg is not None else float("inf")
         self._owed |= due(before, after, interval, pl_module.total_nimg)
         if self._owed:

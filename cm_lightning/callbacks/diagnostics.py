@@ -284,10 +284,13 @@ class DiagnosticsCallback(StepCallback):
     def state_dict(self) -> dict[str, Any]:
         """Sums of the window under way over all ranks, which save together."""
         sums, histogram, notes = self._totals()
-        return {"sums": sums, "histogram": histogram, "notes": notes, "recent": self._recent}
+        window = {"sums": sums, "histogram": histogram, "notes": notes, "recent": self._recent}
+        return window | {"edges": list(self.edges)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the window under way."""
+        """Continue the window under way; with other edges it begins anew."""
+        if state_dict["edges"] != list(self.edges):
+            return
         self._sums, self._histogram = state_dict["sums"], state_dict["histogram"]
         self._notes, self._recent = dict(state_dict["notes"]), list(state_dict["recent"])
 

@@ -10,7 +10,13 @@ import lightning as L
 import torch
 
 from cm_lightning.callbacks.ema import EMACallback, find_ema
-from cm_lightning.callbacks.step import StepCallback, check_interval, due, log_metrics
+from cm_lightning.callbacks.step import (
+    StepCallback,
+    check_interval,
+    check_reach,
+    due,
+    log_metrics,
+)
 from cm_lightning.evaluation import (
     FeatureExtractor,
     Inception,
@@ -131,6 +137,10 @@ class FIDCallback(StepCallback):
             "seed": self.seed,
         }
 
+    @property
+    def _measured(self) -> dict[str, Any]:
+        return self.identity | {"samplers": [str(sampler) for sampler in self.samplers]}
+
     def make_trial(self) -> None:
         """Turn later evaluations into a test of the path: a few images, nothing cached."""
         self._trial = True
@@ -140,6 +150,7 @@ class FIDCallback(StepCallback):
         """Check profiles and the reference, and load the extractor, before training starts."""
         if not self.enabled:
             return
+        check_reach("fid", self.samplers, pl_module)
         self._check_profiles(find_ema(trainer))
         if self.reference != "auto":
             load_statistics(self.reference, metric=self.features.metric)
@@ -274,9 +285,12 @@ class FIDCallback(StepCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Last values, and the best so far."""
-        return {"best": {key: list(value) for key, value in self.best.items()}, "last": self.last}
+        best = {key: list(value) for key, value in self.best.items()}
+        return {"best": best, "last": self.last, "measured": self._measured}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore them, if they were measured as this callback measures."""
+        if state_dict["measured"] != self._measured:
+            return
         self.last = dict(state_dict["last"])
         self.best = {key: (value[0], value[1]) for key, value in state_dict["best"].items()}

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 
 from cm_lightning.callbacks.ema import find_ema
-from cm_lightning.callbacks.step import StepCallback, check_interval, due, step_of
+from cm_lightning.callbacks.step import StepCallback, check_interval, check_reach, due, step_of
 from cm_lightning.evaluation import image_grid, save_png, to_uint8
 from cm_lightning.loggers import KimgWandbLogger, tolerated
 from cm_lightning.sampling import (
@@ -63,7 +63,8 @@ class SamplesCallback(StepCallback):
         """The newest grid of each sampler."""
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Check the profile before training starts."""
+        """Check profile and samplers before training starts."""
+        check_reach("samples", self.samplers, pl_module)
         ema = find_ema(trainer)
         if self.profile not in (None, "live", *ema.names):
             raise InputError(

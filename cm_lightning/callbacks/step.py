@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
 
+from cm_lightning.sampling import Sampler
 from cm_lightning.types import InputError
 
-__all__ = ["StepCallback", "check_interval", "due", "log_metrics", "step_of"]
+__all__ = ["StepCallback", "check_interval", "check_reach", "due", "log_metrics", "step_of"]
 
 
 def check_interval(owner: str, every_kimg: float | None) -> None:
@@ -20,6 +21,27 @@ def check_interval(owner: str, every_kimg: float | None) -> None:
     """
     if every_kimg is not None and not every_kimg > 0:
         raise InputError(f"{owner}: every_kimg must be positive or null, got {every_kimg}.")
+
+
+def check_reach(owner: str, samplers: Sequence[Sampler], module: Any) -> None:
+    """Check that the model is trained where sampling starts.
+
+    Args:
+        owner: Whose samplers they are, ``fid`` or ``samples``.
+        samplers: The samplers.
+        module: The module being trained.
+
+    Raises:
+        InputError: If a sampler starts above the largest level of the discretization.
+    """
+    grid = getattr(getattr(module, "objective", None), "discretization", None)
+    largest = getattr(grid, "sigma_max", None)
+    for sampler in samplers:
+        if largest is not None and sampler.start > largest:
+            raise InputError(
+                f"{owner}.samplers start at the noise level {sampler.start:g}, and "
+                f"model.discretization.sigma_max is {largest:g}: the model learns nothing above it."
+            )
 
 
 def due(before: int, after: int, every_kimg: float | None, total_nimg: int) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cm_lightning.cli.evaluate_results import RESULTS
+from cm_lightning.cli.evaluate_results import RESULTS, guidance_words
 from cm_lightning.cli.run_dir import flatten, read_config
 from cm_lightning.cli.study_report import RECORD
 from cm_lightning.documents import check_form, read_mapping
@@ -81,8 +81,7 @@ def read_entry(path: Path) -> Entry:
         distances: dict[str, list[float]] = {}
         for row in content["results"]:
             if "fd" in row:
-                guidance = "" if row["guidance"] == 1 else f", guidance {row['guidance']:g}"
-                key = f"{row['ema']}, {row['sampling']}{guidance}, NFE {row['nfe']}"
+                key = f"{row['ema']}, {row['sampling']}{guidance_words(row)}, NFE {row['nfe']}"
                 distances.setdefault(key, []).append(row["fd"])
         identity = {key: content.get(key) for key in [*SAME, "features"]}
     else:

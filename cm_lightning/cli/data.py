@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     stats.add_argument("--out", required=True, help=".npz to write: mu, sigma and where from")
     stats.add_argument("--batch", type=whole(), default=256, help="images per pass [256]")
     fetch = actions.add_parser("prefetch", help="every download a config will need")
-    fetch.add_argument("--config", required=True, nargs="+", help="YAML files of cm-fit")
+    fetch.add_argument("--config", required=True, nargs="+", help="YAML files, as in cm-fit")
     return parser
 
 
@@ -205,13 +205,24 @@ def build_features(config: Any, where: str) -> FeatureExtractor:
     return built
 
 
+def overlaid(config: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """A config with a later one on top, as ``cm-fit`` takes several: mappings key by key."""
+    merged = dict(config)
+    for key, value in later.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = overlaid(old, value)
+        merged[key] = value
+    return merged
+
+
 def prefetch(options: argparse.Namespace) -> None:
     """Download, or find, everything that configs need from the network, and say where it is."""
     if os.environ.get("CM_OFFLINE", "0") not in ("", "0"):
         raise InputError("CM_OFFLINE is set, so nothing may be downloaded: unset it to prefetch.")
     content: dict[str, Any] = {}
     for name in options.config:
-        content |= read_mapping(name, "config")
+        content = overlaid(content, read_mapping(name, "config"))
     where = " and ".join(options.config)
     form = {"fid?": {"profiles?": list}, "model?": {"init_args?": dict}, "data?": dict}
     check_form(content, form, where)
@@ -220,7 +231,10 @@ def prefetch(options: argparse.Namespace) -> None:
         extractor = build_features(fid.get("features") or {"class_path": "Inception"}, where)
         extractor.load()
         print(f"features  {extractor.name}: SHA-256 {extractor.fingerprint[:16]}")
-    distance = ((content.get("model") or {}).get("init_args") or {}).get("distance")
+    model = content.get("model") or {}
+    distance = (model.get("init_args") or {}).get("distance")
+    if distance is None and str(model.get("class_path")).split(".")[-1] in ("CD", "CT"):
+        distance = {"class_path": "LPIPS"}  # their default
     if distance is not None and "LPIPS" in str(distance):
         from cm_lightning.objective import LPIPS, Distance
 

@@ -175,8 +175,12 @@ def words(sampler: Sampler) -> str:
     if isinstance(sampler, PhasedSampler):
         eta = "" if sampler.eta == 1 else f", eta {sampler.eta:g}"
         return "phases " + " ".join(f"{edge:.4g}" for edge in sampler.edges) + eta
-    kind = "heun" if isinstance(sampler, HeunSampler) else "euler"
-    return f"{kind}, {sampler.nfe} calls"
+    assert isinstance(sampler, (HeunSampler, EulerSampler))
+    kind = type(sampler)
+    levels = (sampler.sigma_min, sampler.sigma_max)
+    usual = (kind.sigma_min, kind.sigma_max)
+    ends = "" if levels == usual else f" from {levels[1]:g} to {levels[0]:g}"
+    return f"{'heun' if kind is HeunSampler else 'euler'}, {sampler.nfe} calls{ends}"
 
 
 def run(options: argparse.Namespace) -> None:
@@ -231,22 +235,24 @@ def run(options: argparse.Namespace) -> None:
         "reference": against.reference,
         "data_fingerprint": None if against.data is None else against.data.fingerprint,
     }
+    guides = {key: (worse_hash(model), guiding(model, options)) for key, model in guided.items()}
     cells = [
-        (Cell(name, scale, worse_hash(model), sampling, sampler, seed), model)
-        for (name, scale), model in guided.items()
+        (Cell(*key, *guides[key], sampling, sampler, seed), model)
+        for key, model in guided.items()
         for sampling, sampler in named
         for seed in options.seeds
     ]
     book = Book(out, identity, fabric.is_global_zero)
     for number, (cell, model) in enumerate(cells, 1):
-        if book.missing(cell, options.scores):
+        wanted = options.npz and cell.seed == options.seeds[0]
+        if book.missing(cell, options.scores) or (wanted and not samples_of(cell, out).is_file()):
             started = time.perf_counter()
             outputs, images = draw(model, cell, against, options, fabric)
             if fabric.is_global_zero:
                 found = scores(options.scores, outputs, reference.statistics, reference.real)
                 if images is not None:
                     labels = eval_labels(against, model, range(options.n))
-                    save_npz(out / f"{slug(cell)}.npz", images, labels)
+                    save_npz(samples_of(cell, out), images, labels)
                 nfe = cell.sampler.nfe * model.calls
                 book.add(cell, nfe, found, time.perf_counter() - started, fabric.device)
         if fabric.is_global_zero:
@@ -272,6 +278,18 @@ def guide(denoiser: Denoiser, scale: float, options: argparse.Namespace) -> Guid
     if scale != 1 and (options.worse or options.worse_ema):
         worse = load_weights(options.worse or options.source, options.worse_ema).denoiser
     return GuidedDenoiser(denoiser, worse, scale)
+
+
+def guiding(model: GuidedDenoiser, options: argparse.Namespace) -> str | None:
+    """Name of the guiding weights: the model's own average, or where they lie."""
+    if model.worse is None:
+        return None
+    return " ".join(word for word in (options.worse, options.worse_ema) if word)
+
+
+def samples_of(cell: Cell, out: Path) -> Path:
+    """File of a cell's samples."""
+    return out / f"{slug(cell)}.npz"
 
 
 def worse_hash(model: GuidedDenoiser) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,17 @@ from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.sampling import Sampler
 from cm_lightning.types import InputError
 
-__all__ = ["COLUMNS", "KEY", "RESULTS", "Book", "Cell", "describe", "mid_figure", "slug"]
+__all__ = [
+    "COLUMNS",
+    "KEY",
+    "RESULTS",
+    "Book",
+    "Cell",
+    "describe",
+    "guidance_words",
+    "mid_figure",
+    "slug",
+]
 
 
 class Cell(NamedTuple):
@@ -27,6 +37,7 @@ class Cell(NamedTuple):
         ema: EMA profile.
         guidance: Guidance scale.
         worse: Hash of the guiding weights, ``None`` without.
+        by: Name of the guiding weights, ``None`` without.
         sampling: The sampler in words.
         sampler: The sampler.
         seed: Seed of the noise.
@@ -35,6 +46,7 @@ class Cell(NamedTuple):
     ema: str
     guidance: float
     worse: str | None
+    by: str | None
     sampling: str
     sampler: Sampler
     seed: int
@@ -53,6 +65,7 @@ RESULTS = {
             "ema": str,
             "guidance": float,
             "worse": (str, type(None)),
+            "by?": (str, type(None)),
             "sampling": str,
             "seed": int,
             "nfe": int,
@@ -63,15 +76,25 @@ RESULTS = {
 """Form of ``eval.json``."""
 
 
+def guidance_words(row: Mapping[str, Any]) -> str:
+    """Guidance in words: its scale and by what; empty without.
+
+    Args:
+        row: A row of ``eval.json``.
+    """
+    if row["guidance"] == 1:
+        return ""
+    return f", guidance {row['guidance']:g}" + (f" by {row['by']}" if row.get("by") else "")
+
+
 def describe(cell: Cell) -> str:
     """A cell without its seed in words."""
-    guidance = "" if cell.guidance == 1 else f", guidance {cell.guidance:g}"
-    return f"{cell.ema}, {cell.sampling}{guidance}"
+    return f"{cell.ema}, {cell.sampling}{guidance_words(cell._asdict())}"
 
 
 def slug(cell: Cell) -> str:
     """A cell without its seed as a file name."""
-    return describe(cell).replace(",", "").replace(" ", "-")
+    return describe(cell).replace(",", "").replace(" ", "-").replace("/", "_")
 
 
 class Book:
@@ -127,7 +150,7 @@ class Book:
         """Add scores of a cell and write the file."""
         row = self.found(cell)
         if not row:
-            row |= dict(zip(KEY, cell.key, strict=True)) | {"nfe": nfe}
+            row |= dict(zip(KEY, cell.key, strict=True)) | {"nfe": nfe, "by": cell.by}
             self.results.append(row)
         row |= found | {
             "seconds": round(seconds, 1),
@@ -138,20 +161,21 @@ class Book:
         content = self.identity | {"versions": versions(), "results": self.results}
         write_text(self.path, json.dumps(content, indent=2) + "\n")
 
-    def rows(self) -> Iterator[tuple[tuple[str, float, str, int], list[dict[str, Any]]]]:
-        """Results by everything but the seed."""
-        groups: dict[tuple[str, float, str, int], list[dict[str, Any]]] = {}
+    def rows(self) -> Iterator[list[dict[str, Any]]]:
+        """Results that differ in their seed alone."""
+        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for row in self.results:
-            key = (row["ema"], row["guidance"], row["sampling"], row["nfe"])
-            groups.setdefault(key, []).append(row)
-        yield from groups.items()
+            groups.setdefault(tuple(row[key] for key in KEY if key != "seed"), []).append(row)
+        yield from groups.values()
 
     def table(self) -> str:
         """Mean and standard deviation over seeds as Markdown."""
         columns = [name for name in COLUMNS if any(name in row for row in self.results)]
         lines = []
-        for (ema, guidance, sampling, nfe), rows in self.rows():
-            cells = [ema, sampling, f"{guidance:g}", str(nfe), str(len(rows))]
+        for rows in self.rows():
+            one = rows[0]
+            guidance = guidance_words(one).removeprefix(", guidance ") or "1"
+            cells = [one["ema"], one["sampling"], guidance, str(one["nfe"]), str(len(rows))]
             for name in columns:
                 values = torch.tensor([r[name] for r in rows if name in r], dtype=torch.float64)
                 if not len(values):
@@ -185,14 +209,15 @@ def mid_figure(book: Book, path: Path) -> None:
 
     figure = Figure(figsize=(4.5, 3.2), layout="constrained")
     axis = figure.subplots()
-    curves: dict[tuple[str, float], list[tuple[float, float]]] = {}
-    for (ema, guidance, sampling, _), rows in book.rows():
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for rows in book.rows():
+        sampling = rows[0]["sampling"]
         levels = sampling.removeprefix("sigmas ").split()
         if sampling.startswith("sigmas ") and len(levels) == 2 and levels[0] == "80":
             mean = sum(row["fd"] for row in rows) / len(rows)
-            curves.setdefault((ema, guidance), []).append((float(levels[1]), mean))
-    for (ema, guidance), points in curves.items():
-        label = ema if guidance == 1 else f"{ema}, guidance {guidance:g}"
+            label = f"{rows[0]['ema']}{guidance_words(rows[0])}"
+            curves.setdefault(label, []).append((float(levels[1]), mean))
+    for label, points in curves.items():
         axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
     axis.set_xscale("log")
     axis.set_xlabel("second noise level")

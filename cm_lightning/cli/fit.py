@@ -6,12 +6,8 @@ import dataclasses
 import os
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -29,27 +25,23 @@ from cm_lightning.callbacks import (
     PerformanceCallback,
     RunRecordCallback,
     SamplesCallback,
-    checkpoints_of,
 )
-from cm_lightning.callbacks.run_record import in_use, is_in_use
 from cm_lightning.cli.errors import Parser, about_input, about_machine, fail, readable_errors
+from cm_lightning.cli.fit_check import check
+from cm_lightning.cli.fit_run import COMMAND, fit, out_of_memory
 from cm_lightning.cli.help import fit_help
 from cm_lightning.cli.keys import check_keys, misfit
 from cm_lightning.cli.modules import allow_modules
-from cm_lightning.cli.run_dir import RunPlan, plan_run, run_record
+from cm_lightning.cli.run_dir import RunPlan, plan_run
 from cm_lightning.data import ImageDataModule
 from cm_lightning.documents import complaint, one_line
 from cm_lightning.ema import ConstantEMA
-from cm_lightning.files import is_intact
-from cm_lightning.loggers import KimgWandbLogger, MetricsCSV, WandbOptions, wandb_logger
+from cm_lightning.loggers import MetricsCSV, WandbOptions, wandb_logger
 from cm_lightning.regimes import ConsistencyModule
 from cm_lightning.sampling import DEFAULT_SAMPLERS
-from cm_lightning.types import InputError, TrainingStopped
-from cm_lightning.weights import check_weights, read_checkpoint, save_weights
+from cm_lightning.types import InputError
 
 __all__ = ["FitCLI", "main"]
-
-COMMAND = "cm-fit"
 
 GROUPS: dict[str, type] = {
     "model": ConsistencyModule,
@@ -75,6 +67,23 @@ SCALARS: dict[str, Any] = {
 }
 
 
+_IDLE = (
+    "max_epochs",
+    "min_epochs",
+    "min_steps",
+    "limit_train_batches",
+    "limit_val_batches",
+    "limit_test_batches",
+    "limit_predict_batches",
+    "overfit_batches",
+    "val_check_interval",
+    "check_val_every_n_epoch",
+    "log_every_n_steps",
+    "reload_dataloaders_every_n_epochs",
+)
+"""Settings of Lightning's trainer that count in batches or epochs."""
+
+
 class FitParser(Parser):
     """The parser, which can say what every key takes."""
 
@@ -87,6 +96,8 @@ class FitCLI(LightningCLI):
     """The parser, and from it the module, the data, the callbacks and the trainer."""
 
     plan: RunPlan
+    scratch: tempfile.TemporaryDirectory[str]
+    """Where ``--check`` writes what a run of one step would."""
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
@@ -168,13 +179,26 @@ class FitCLI(LightningCLI):
             ) from error
         self.plan = plan_run(self.config, text)
 
+    def check_trainer(self) -> None:
+        """Refuse settings of Lightning's loop that would do nothing here, or something else."""
+        for key in _IDLE:
+            if self.config["trainer"][key] != self.parser.get_default(f"trainer.{key}"):
+                raise InputError(
+                    f"trainer.{key} cannot be set, as images are counted here: model.total_kimg is "
+                    "the length of a run, and every_kimg of diagnostics, fid, samples and "
+                    "checkpoints their intervals."
+                )
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer with the run's loggers, progress bar and directory."""
         run_dir = self.plan.run_dir
+        self.check_trainer()
         kwargs["default_root_dir"] = str(run_dir)
         kwargs["callbacks"] = list(self.config_init["trainer"]["callbacks"] or [])
         if self.config["check"]:
+            self.scratch = tempfile.TemporaryDirectory()
             kwargs |= {"logger": False, "max_steps": 1, "enable_progress_bar": False}
+            kwargs["default_root_dir"] = self.scratch.name
         else:
             if self.config["trainer"]["logger"] is not None:
                 raise InputError(
@@ -264,196 +288,6 @@ def _is_ours(record: Any) -> bool:
         "Restored all",
     )
     return not str(record.getMessage()).startswith(noise)
-
-
-def fit(cli: FitCLI) -> None:
-    """Train, then write the portable weights of every EMA profile.
-
-    A run that was stopped after its last step trains no further and writes what is missing.
-    """
-    plan, trainer, module = cli.plan, cli.trainer, cli.model
-    checkpoint = prepare_resume(cli)
-    if checkpoint is not None and is_finished(plan.run_dir, checkpoint, module.total_nimg):
-        print(
-            f"{plan.run_dir} is complete: {plan.checkpoint} is at "
-            f"{checkpoint['cm_lightning']['nimg'] / 1000:g} of {module.total_kimg:g} kimg."
-        )
-        return
-    try:
-        with starting(module, 0 if checkpoint is None else checkpoint["cm_lightning"]["nimg"]):
-            trainer.fit(module, cli.datamodule, ckpt_path=plan.checkpoint, weights_only=True)
-        if trainer.is_global_zero:
-            export(cli)
-    except TrainingStopped as error:
-        fail(COMMAND, str(error), error.code)
-    except OSError as error:
-        fail(COMMAND, f"{error} (in {plan.run_dir}); afterwards the same command continues.", 1)
-    finally:
-        for logger in trainer.loggers:
-            if isinstance(logger, KimgWandbLogger) and not logger.finish():
-                leave_at_once()
-
-
-def out_of_memory(cli: FitCLI, error: Exception) -> str:
-    """What to change when a device's memory is too small, by what the run has not done yet.
-
-    Args:
-        cli: The run.
-        error: What torch says.
-    """
-    plan = cli.datamodule.plan(cli.trainer.world_size)
-    advice = []
-    if plan.micro_batch > 1:
-        fitting = max(m for m in range(1, plan.micro_batch) if plan.micro_batch % m == 0)
-        advice.append(f"--data.micro_batch {fitting} (the same results by accumulation)")
-    if cli.trainer.precision == "32-true":
-        advice.append("--trainer.precision bf16-mixed")
-    if not cli.config["performance"]["checkpointing"]:
-        advice.append("--performance.checkpointing true (about a quarter slower)")
-    if cli.datamodule.resident:
-        advice.append("--data.resident false")
-    return (
-        f"The device's memory is too small for micro-batches of {plan.micro_batch} images: try "
-        f"{', '.join(advice) or 'a smaller network'}. torch says: {one_line(error)[:200]}"
-    )
-
-
-def leave_at_once() -> None:
-    """End the process without waiting for W&B, which waits for its server."""
-    error = sys.exc_info()[1]
-    code = error.code if isinstance(error, SystemExit) else int(error is not None)
-    if error is not None and not isinstance(error, SystemExit):
-        sys.excepthook(type(error), error, error.__traceback__)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 1)
-
-
-def is_finished(run_dir: Path, checkpoint: dict[str, Any], total_nimg: int) -> bool:
-    """Whether a run reached its end and wrote its record and its weights."""
-    nimg = checkpoint["cm_lightning"]["nimg"]
-    names = checkpoint["callbacks"]["EMACallback"]["averages"]
-    record = run_record(run_dir).get("results", {})
-    return (
-        nimg >= total_nimg
-        and record.get("kimg") == nimg / 1000
-        and all((run_dir / "weights" / name / "config.json").is_file() for name in names)
-    )
-
-
-@contextmanager
-def starting(module: ConsistencyModule, nimg: int = 0) -> Iterator[None]:
-    """Until the first step is done, an error is a mistake in the input; later ones pass through.
-
-    Args:
-        module: What is trained.
-        nimg: Images seen before.
-
-    Raises:
-        InputError: If there was one.
-    """
-    try:
-        yield
-    except Exception as error:
-        known = isinstance(error, (TrainingStopped, torch.OutOfMemoryError))
-        if known or about_input(error) or about_machine(error) or module.nimg > nimg:
-            raise
-        what = "This checkpoint cannot be continued" if nimg else "This config cannot be trained"
-        raise InputError(f"{what}: {complaint(error)}.") from error
-
-
-def prepare_resume(cli: FitCLI) -> dict[str, Any] | None:
-    """Check the checkpoint against the config and say which one it is."""
-    path = cli.plan.checkpoint
-    if path is None:
-        return None
-    checkpoint = read_checkpoint(path)
-    check_weights(cli.model.state_dict(), checkpoint["state_dict"], str(path))
-    nimg = checkpoint["cm_lightning"]["nimg"]
-    newest = next(filter(is_intact, checkpoints_of(cli.plan.run_dir)), None)
-    if newest is not None and newest.name > f"nimg{nimg:012d}.ckpt":
-        if is_in_use(cli.plan.run_dir):
-            raise in_use(cli.plan.run_dir)
-        raise InputError(
-            f"{cli.plan.run_dir} holds a newer checkpoint, {newest.name}, than {path}: choose "
-            "another --run_dir, so that nothing is lost."
-        )
-    if cli.trainer.is_global_zero:
-        print(f"Resuming from {path} at {nimg / 1000:g} kimg.")
-    return checkpoint
-
-
-def export(cli: FitCLI) -> None:
-    """Write ``<run>/weights/<profile>/`` for every EMA profile."""
-    import json
-
-    ema = next(c for c in cli.trainer.callbacks if isinstance(c, EMACallback))  # type: ignore[attr-defined]
-    model = json.loads(cli.parser.dump(cli.config, format="json"))["model"]
-    for name in ema.averages:
-        weights = dict(cli.model.denoiser.state_dict()) | ema.averages[name]
-        info = {
-            "regime": type(cli.model).__name__,
-            "ema": name,
-            "kimg": cli.model.nimg / 1000,
-            "data_fingerprint": cli.datamodule.fingerprint,
-            "origins": cli.model.origins,
-        }
-        folder = cli.plan.run_dir / "weights" / name
-        save_weights(folder, model["init_args"]["denoiser"], weights, info)
-        print(f"  weights    {folder}")
-
-
-def check(cli: FitCLI) -> None:
-    """Build everything, train one step, evaluate a few images, write nothing, report."""
-    module, data, trainer = cli.model, cli.datamodule, cli.trainer
-    fid = next(c for c in trainer.callbacks if isinstance(c, FIDCallback))  # type: ignore[attr-defined]
-    fid.make_trial()
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        data.use_temporary_cache(Path(folder))
-        with starting(module):
-            trainer.fit(module, data)
-        seconds = time.perf_counter() - started
-        values = fid.evaluate(trainer, module) if fid.enabled else {}
-    print(check_report(cli, seconds, values))
-
-
-def megabytes(size: float) -> str:
-    """A number of bytes in words."""
-    return f"{size / 2**20:,.0f} MB"
-
-
-def check_report(cli: FitCLI, seconds: float, values: dict[str, float]) -> str:
-    """What a run of this config would need.
-
-    Args:
-        cli: The built run, after one step.
-        seconds: Time of set-up and the first step.
-        values: Frechet distances of the tiny evaluation.
-    """
-    from cm_lightning.callbacks.diagnostics import peak_memory
-
-    module, data = cli.model, cli.datamodule
-    parameters = sum(p.numel() for p in module.denoiser.parameters())
-    profiles = len(next(c for c in cli.trainer.callbacks if isinstance(c, EMACallback)).names)  # type: ignore[attr-defined]
-    fixed = megabytes(parameters * 4 * (4 + profiles))
-    peak = megabytes(peak_memory(module.device))
-    steps = -(-module.total_nimg // data.global_batch)
-    shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items()) or "switched off"
-    return "\n".join(
-        [
-            f"{type(module).__name__}: everything was built and one step was trained.",
-            f"  parameters  {parameters:,}",
-            f"  memory      {fixed} for weights, gradients, optimizer and {profiles} EMA; "
-            f"peak {peak} in this step",
-            f"  data        {len(data.store):,} images {data.image_shape}, "
-            f"{data.num_classes} classes",
-            f"  length      {module.total_kimg:g} kimg, {steps:,} steps of {data.global_batch}",
-            f"  evaluation  {shown} (16 images: a test, not a measurement)",
-            f"  time        {seconds:.1f} s for set-up and the first step",
-            "  Nothing was written.",
-        ]
-    )
 
 
 if __name__ == "__main__":

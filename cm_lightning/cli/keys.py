@@ -20,12 +20,17 @@ from cm_lightning.cli.modules import check_module
 from cm_lightning.documents import one_line, read_mapping, read_value
 from cm_lightning.types import InputError
 
-__all__ = ["check_keys", "given_keys", "misfit"]
+__all__ = ["check_keys", "given_keys", "misfit", "plain"]
 
 _WRAPPERS = ("class_path", "init_args", "dict_kwargs")
 COMMAND_LINE = "the command line"
 _LARGEST = 2**53
 """Whole numbers from here on are no counts of anything."""
+
+
+def plain(key: str) -> str:
+    """A key without the ``init_args`` that it may be written with."""
+    return key.replace(".init_args", "")
 
 
 def given_keys(argv: list[str]) -> Iterator[tuple[str, Any, str]]:
@@ -84,6 +89,8 @@ def check_keys(argv: list[str], groups: Mapping[str, type], scalars: Mapping[str
     classes = {where: _classes(given, where) for _, _, where in given}
     for key, value, where in given:
         parts = key.split(".")
+        if plain(key) in ("model.seed", "data.seed"):
+            raise InputError(f"{plain(key)} cannot be set (in {where}): it is seed_everything.")
         if parts[0] not in groups:
             if parts[0] not in scalars:
                 _refuse(key, parts[0], "", [*scalars, *groups], where)
@@ -114,13 +121,12 @@ def _check_order(given: list[tuple[str, Any, str]]) -> None:
     """Refuse options whose value a later config file would replace."""
     before: set[str] = set()
     for key, _, where in given:
-        plain = key.replace(".init_args", "")
         if where == COMMAND_LINE:
-            before.add(plain)
-        elif plain in before:
+            before.add(plain(key))
+        elif plain(key) in before:
             raise InputError(
-                f"--{plain} stands before --config {where}, which sets it again: later words win, "
-                "so put options after --config."
+                f"--{plain(key)} stands before --config {where}, which sets it again: later words "
+                "win, so put options after --config."
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.evaluation import read_metrics
 from cm_lightning.types import InputError
 
-__all__ = ["RunPlan", "differences", "plan_run", "run_record"]
+__all__ = ["RunPlan", "depends_on_micro_batch", "differences", "plan_run", "run_record"]
 
 _HARMLESS = {
     "data.num_workers",
@@ -158,13 +158,26 @@ def read_config(path: Path) -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Keys that change results and differ between two configs, as ``key: old -> new``."""
     kept = ("model", "data", "ema", "seed_everything")
+    harmless = _HARMLESS - ({"data.micro_batch"} if depends_on_micro_batch(new) else set())
     a = dict(flatten({key: old.get(key) for key in kept}))
     b = dict(flatten({key: new.get(key) for key in kept}))
     return [
         f"{key}: {a.get(key, 'absent')} -> {b.get(key, 'absent')}"
         for key in sorted(a.keys() | b.keys())
-        if key not in _HARMLESS and a.get(key, "absent") != b.get(key, "absent")
+        if key not in harmless and a.get(key, "absent") != b.get(key, "absent")
     ]
+
+
+def depends_on_micro_batch(config: Mapping[str, Any]) -> bool:
+    """Whether images of a micro-batch act on each other: as references, or in a transport plan.
+
+    Args:
+        config: The parsed config.
+    """
+    given = config["model"]["init_args"]
+    references, coupling = given.get("references") or {}, given.get("coupling") or {}
+    plan = str(coupling.get("class_path")).endswith("MinibatchOT")
+    return plan or references.get("source") == "batch"
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

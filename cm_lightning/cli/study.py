@@ -20,7 +20,7 @@ from cm_lightning.cli import evaluate
 from cm_lightning.cli.errors import CommandParser, fail, readable_errors
 from cm_lightning.cli.fit import GROUPS, SCALARS
 from cm_lightning.cli.keys import check_keys
-from cm_lightning.cli.study_file import Arm, Study, Tuning, read_study
+from cm_lightning.cli.study_file import Arm, Study, Tuning, merged, read_study
 from cm_lightning.cli.study_report import search_table, summary, table
 from cm_lightning.cli.study_runs import Run, Runner, option_words
 from cm_lightning.documents import read_mapping
@@ -42,10 +42,10 @@ def make_run(name: str, arm: Arm, seed: int, tune: Tuning | None, value: Any) ->
         tune: The search, whose option gets ``value``.
         value: Value of that option.
     """
-    options = arm.options | {"seed_everything": seed}
+    options = merged(arm.options, {"seed_everything": seed})
     if tune is None:
         return Run(f"{name}/seed{seed}", arm.config, options, arm.evaluate)
-    chosen = options | {tune.key: value}
+    chosen = merged(options, {tune.key: value})
     return Run(f"{name}/{value}/seed{seed}", arm.config, chosen, arm.evaluate)
 
 

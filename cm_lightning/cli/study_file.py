@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from cm_lightning.cli.keys import plain
 from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.types import InputError
 
-__all__ = ["Arm", "Study", "Tuning", "read_study", "scaled"]
+__all__ = ["Arm", "Study", "Tuning", "merged", "read_study", "scaled"]
 
 FORM = {
     "of?": str,
@@ -144,7 +146,7 @@ def read_study(path: Path) -> Study:
     known = set() if tune is None else set(tune.chosen)
     arms, first = (
         {
-            name: replace(arm, options=scaled(arm.options, lengths, share) | top)
+            name: replace(arm, options=merged(scaled(arm.options, lengths, share), top))
             for name, arm in _arms(content, part, tune is not None, known, path).items()
         }
         for part in ("arms", "first")
@@ -193,6 +195,17 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], float]:
     return content, top, share
 
 
+def merged(options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with others on top, which come last, as the last of several counts in ``cm-fit``.
+
+    Args:
+        options: Options of ``cm-fit``.
+        own: What replaces them, under either spelling of a key, with ``init_args`` or without.
+    """
+    replaced = {plain(key) for key in own}
+    return {key: value for key, value in options.items() if plain(key) not in replaced} | dict(own)
+
+
 def scaled(options: dict[str, Any], lengths: list[str], share: float) -> dict[str, Any]:
     """Options with their lengths multiplied.
 
@@ -206,7 +219,8 @@ def scaled(options: dict[str, Any], lengths: list[str], share: float) -> dict[st
     """
     if share == 1:
         return options
-    found = {key: options[key] for key in lengths if key in options}
+    named = {plain(key) for key in lengths}
+    found = {key: value for key, value in options.items() if plain(key) in named}
     for key, value in found.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise InputError(f"The length {key} must be a number, got {value!r}.")
@@ -243,7 +257,7 @@ def _arms(
         place = base.config if base is not None and config is None else path.parent / str(config)
         if not place.is_file():
             raise InputError(f"{where} has no config file ({config}).")
-        options = (common if base is None else base.options) | (given.get("options") or {})
+        options = merged(common if base is None else base.options, given.get("options") or {})
         share = 1.0 if given.get("share") is None else float(given["share"])
         if not share > 0:
             raise InputError(f"{where}: share must be positive, got {share:g}.")

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from cm_lightning.cli.evaluate_results import guidance_words
 from cm_lightning.cli.study_file import scaled
 from cm_lightning.cli.study_report import RECORD
 from cm_lightning.documents import check_form, read_mapping
@@ -276,8 +277,7 @@ def evaluated(name: str, folder: Path) -> dict[str, float]:
     record = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     found: dict[str, list[float]] = {}
     for row in record["results"]:
-        guidance = "" if row["guidance"] == 1 else f", guidance {row['guidance']:g}"
-        key = f"{name}/{row['ema']}/{row['sampling']}{guidance}"
+        key = f"{name}/{row['ema']}/{row['sampling']}{guidance_words(row)}"
         if "fd" in row:
             found.setdefault(key, []).append(row["fd"])
     return {key: float(np.mean(values)) for key, values in found.items()}

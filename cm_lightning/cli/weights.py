@@ -164,19 +164,27 @@ def write(loaded: Loaded, source: Path, out: Path, layout: str = "safetensors") 
         save_weights(out, config, denoiser.state_dict(), info)
         use = "from cm_lightning.weights import from_pretrained\n\n" + PACKAGE_USE
         files = "model.safetensors, config.json"
-    write_text(out / "README.md", model_card(denoiser, info, distances(source), use))
+    measured = distances(source, info.get("kimg"))
+    write_text(out / "README.md", model_card(denoiser, info, measured, use))
     print(f"{source} -> {out}: {files} and README.md")
     print(summary(denoiser))
 
 
-def distances(source: Path) -> dict[str, float]:
-    """Frechet distances in a run's record, empty if there is none."""
+def distances(source: Path, kimg: float | None) -> dict[str, float]:
+    """Frechet distances in a run's record, empty if there are none of that moment.
+
+    Args:
+        source: Run directory, checkpoint in one, or other weights.
+        kimg: Length of training of the weights in thousands of images.
+    """
     run = source.parent.parent if source.suffix == ".ckpt" else source
     if not (run / "run.json").is_file():
         return {}
     record = read_mapping(run / "run.json")
-    check_form(record, {"results?": {"last": {...: float}}}, str(run / "run.json"))
-    return dict((record.get("results") or {"last": {}})["last"])
+    form = {"results?": {"kimg": float, "last": {...: float}}}
+    check_form(record, form, str(run / "run.json"))
+    results = record.get("results")
+    return dict(results["last"]) if results and results["kimg"] == kimg else {}
 
 
 def licences(info: dict[str, Any]) -> list[str]:

@@ -212,7 +212,7 @@ def _adm(path: Path) -> ImageFiles:
 def _downsampled(paths: Sequence[Path]) -> ImageFiles:
     images, labels = [], []
     if not paths:
-        raise FileNotFoundError("there is no .npz")
+        raise FileNotFoundError("there is no train_data_batch_1.npz")
     for path in paths:
         arrays = read_npz(path)
         pixels = arrays["data"]
@@ -299,7 +299,9 @@ def _open(path: Path, kind: str) -> ImageFiles:
     if kind == "adm":
         return _adm(path)
     if kind == "downsampled":
-        return _downsampled(sorted(path.glob("*.npz")) if path.is_dir() else [path])
+        return _downsampled(
+            sorted(path.glob("train_data_batch_*.npz")) if path.is_dir() else [path]
+        )
     if kind == "idx":
         return _idx(path)
     return _Folder(path, kind)

@@ -31,11 +31,11 @@ class ReferenceSet:
 
     Args:
         source: ``"bank"`` for the data set (images of the row's class if there are labels),
-            ``"batch"`` for the batch itself.
+            ``"batch"`` for the micro-batch itself; the posterior's skip rule does not apply to it.
         n: References per row, the own image included: a random subset, drawn anew each step, of
             the set or of each class in the batch. ``None`` for all. An image that is drawn itself
             has one other reference less.
-        gather: With ``"batch"``: the batches of all devices together.
+        gather: With ``"batch"``: the micro-batches of all devices together.
 
     Raises:
         InputError: If ``n`` is below 1, or does not fit the source.

@@ -173,11 +173,11 @@ class ConsistencyModule(L.LightningModule):
             denoiser.to(self.device)
 
     def on_train_start(self) -> None:
-        """Give the optimizer the config's numbers; train no further where a run was over."""
+        """Give the optimizer the config's settings; train no further where a run was over."""
         optimizers = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizers, Optimizer)
-        for group, numbers in zip(optimizers.param_groups, self._numbers, strict=True):
-            group.update(numbers)  # a checkpoint restored those of the run it was written by
+        for group, settings in zip(optimizers.param_groups, self._settings, strict=True):
+            group.update(settings)  # a checkpoint restored those of the run it was written by
         if self.nimg >= self.total_nimg:
             self.trainer.should_stop = True
 
@@ -279,8 +279,9 @@ class ConsistencyModule(L.LightningModule):
             group.setdefault("initial_lr", group["lr"])
             if isinstance(optimizer, torch.optim.Adam) and group["foreach"] is None:
                 group["fused"] = group["fused"] is not False  # one pass over the weights
-        self._numbers = [
-            {k: v for k, v in group.items() if type(v) in (int, float, tuple)}
+        kept = ("params", "fused", "foreach", "capturable", "differentiable")
+        self._settings = [
+            {key: value for key, value in group.items() if key not in kept}
             for group in optimizer.param_groups
         ]
         # under 16-mixed a fused one would get scaled gradients, of which infinite ones are

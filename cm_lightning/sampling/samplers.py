@@ -38,6 +38,11 @@ class Sampler(ABC):
         """Number of unit-noise images consumed per image."""
 
     @property
+    @abstractmethod
+    def start(self) -> float:
+        """Level of the noise that sampling starts from."""
+
+    @property
     def name(self) -> str:
         """Short name in logs and files, such as ``nfe2``."""
         return f"nfe{self.nfe}"
@@ -73,6 +78,11 @@ class MultistepSampler(Sampler):
     def noises(self) -> int:
         """One per level."""
         return len(self.sigmas)
+
+    @property
+    def start(self) -> float:
+        """The largest level."""
+        return self.sigmas[0]
 
     def __call__(self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None) -> Tensor:
         """Draw images."""
@@ -114,6 +124,11 @@ class EulerSampler(Sampler):
         """Such as ``euler_nfe18``."""
         return f"euler_nfe{self.nfe}"
 
+    @property
+    def start(self) -> float:
+        """The largest level."""
+        return self.sigma_max
+
     def __call__(self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None) -> Tensor:
         """Draw images."""
         sigmas = karras_sigmas(self.steps, self.sigma_min, self.sigma_max)
@@ -149,6 +164,11 @@ class HeunSampler(Sampler):
     def noises(self) -> int:
         """Only the initial noise."""
         return 1
+
+    @property
+    def start(self) -> float:
+        """The largest level."""
+        return self.sigma_max
 
     def __call__(self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None) -> Tensor:
         """Draw images."""
@@ -189,6 +209,11 @@ class PhasedSampler(Sampler):
     def name(self) -> str:
         """Such as ``phased_nfe4`` or ``phased_nfe4_eta0.8``."""
         return f"phased_nfe{self.nfe}" + ("" if self.eta == 1 else f"_eta{self.eta:g}")
+
+    @property
+    def start(self) -> float:
+        """The largest level."""
+        return self.edges[-1]
 
     def __call__(self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None) -> Tensor:
         """Draw images."""

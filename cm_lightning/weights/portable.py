@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cm_lightning.documents import build, check_form, read_mapping
+from cm_lightning.ema import snapshot_nimg
 from cm_lightning.files import is_intact, read_weights
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.version import __version__
@@ -45,7 +46,7 @@ _INFO = {
 """What is known of weights, in config.json and run.json."""
 _CHECKPOINT = {
     "state_dict": {...: Tensor},
-    "callbacks": {"EMACallback?": {"averages": {...: {...: Tensor}}}},
+    "callbacks": {"EMACallback?": {"averages": {...: {...: Tensor}}, "total_nimg": int}},
     "cm_lightning": {
         "nimg": int,
         "seed": int,
@@ -288,24 +289,27 @@ def _load_checkpoint(path: Path, config_path: Path, ema: str | None) -> Loaded:
         weights |= averages[name]
     _fill(denoiser, weights, str(path))
     state = checkpoint["cm_lightning"]
+    record = _record(path.parent.parent)
+    total = checkpoint["callbacks"].get("EMACallback", {}).get("total_nimg", 0)
+    taken = snapshot_nimg(name, total, record.get("global_batch", 1))
     info = {
         "regime": state["regime"],
         "ema": name,
-        "kimg": state["nimg"] / 1000,
+        "kimg": (state["nimg"] if taken is None else taken) / 1000,
         "data_fingerprint": state["data"],
-        "origins": _origins(path.parent.parent),
+        "origins": dict(record.get("origins") or {}),
     }
     return Loaded(denoiser.eval(), info, description)
 
 
-def _origins(run: Path) -> dict[str, Any]:
-    """Weights that a run was made from, as its record tells."""
+def _record(run: Path) -> dict[str, Any]:
+    """What ``run.json`` tells of a run: the weights it was made from, its batch."""
     path = run / "run.json"
     if not path.is_file():
         return {}
     record = read_mapping(path)
-    check_form(record, _INFO, str(path))
-    return dict(record.get("origins") or {})
+    check_form(record, _INFO | {"global_batch?": int}, str(path))
+    return record
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

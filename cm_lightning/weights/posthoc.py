@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cm_lightning.documents import check_form, read_mapping
-from cm_lightning.ema import posthoc_coefficients, power_exponent
+from cm_lightning.ema import posthoc_coefficients, power_exponent, snapshot_nimg
 from cm_lightning.types import InputError
 from cm_lightning.weights.portable import (
     Loaded,
@@ -61,8 +60,8 @@ def load_posthoc(source: str | Path, std: float) -> Loaded:
             continue
         time = float(nimg)
         if match[2] is not None:
-            batch, total = record["global_batch"], round(1000 * record["total_kimg"])
-            time = math.ceil(float(match[2]) * total / batch) * batch
+            total = round(1000 * record["total_kimg"])
+            time = float(snapshot_nimg(name, total, record["global_batch"]) or nimg)
         snapshots.append((time / nimg, power_exponent(float(match[1]))))
         averages.append(average)
     if len(averages) < 2:

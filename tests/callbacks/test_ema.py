@@ -110,7 +110,7 @@ def test_profiles_must_exist_and_differ(profiles):
 def test_a_profile_missing_in_the_checkpoint_is_named():
     ema = EMACallback((PowerEMA(0.1),))
     with pytest.raises(InputError, match=r"ema_std0\.100"):
-        ema.load_state_dict({"averages": {"ema_0.9": {}}})
+        ema.load_state_dict({"averages": {"ema_0.9": {}}, "total_nimg": 1000})
 
 
 def test_snapshots_are_kept_at_their_share_of_the_run():
@@ -129,6 +129,28 @@ def test_snapshots_are_kept_at_their_share_of_the_run():
     again.load_state_dict(ema.state_dict())
     again.on_start(None, module)
     assert again.averages.keys() == ema.averages.keys()
+
+
+def test_snapshots_of_another_length_are_taken_anew():
+    ema = EMACallback((ConstantEMA(0.0),), snapshots=(0.4,))
+    module = train(ema, Watch())
+    longer = ECT(module.denoiser, total_kimg=10 * module.total_kimg)
+    longer.nimg = module.nimg
+    again = EMACallback((ConstantEMA(0.0),), snapshots=(0.4,))
+    again.load_state_dict(ema.state_dict())
+    again.on_start(None, longer)
+    assert list(again.averages) == ["ema_0"]
+    passed = EMACallback((ConstantEMA(0.0),), snapshots=(0.05, 0.4))
+    passed.load_state_dict(ema.state_dict())
+    with pytest.raises(InputError, match=r"ema\.snapshots 0\.05 is .* goes on from"):
+        passed.on_start(None, longer)
+
+
+def test_a_snapshot_has_seen_the_images_of_its_moment():
+    ema, module = EMACallback((ConstantEMA(0.0),)), ECT(TinyDenoiser(), total_kimg=1)
+    module.global_batch, module.nimg = 32, 1000
+    assert ema.nimg_of("ema_0", module) == 1000
+    assert ema.nimg_of("ema_0@0.4", module) == 416  # the first multiple of 32 from 400
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1])

@@ -53,6 +53,9 @@ MISTAKES = {
     "logger": (["--trainer.logger", "true"], "trainer.logger cannot be set"),
     "precision": (["--trainer.precision", "64-true"], "trainer.precision must be one of"),
     "reference": (["--fid.reference", "nofile.npz"], "nofile.npz"),
+    "seed of a part": (["--model.seed=3"], "model.seed cannot be set (in the command line)"),
+    "epochs": (["--trainer.max_epochs", 3], "trainer.max_epochs cannot be set"),
+    "batches": (["--trainer.limit_train_batches", 3], "trainer.limit_train_batches cannot be set"),
 }
 
 
@@ -66,6 +69,18 @@ def test_mistakes(fit, tmp_path, case, monkeypatch):
     assert message.startswith("cm-fit: error: ")
     assert words in message
     assert "Traceback" not in done.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("owner", ["fid", "samples"])
+def test_sampling_starts_where_the_model_is_trained(program, tmp_path, owner):
+    words = ["--config", ROOT / "configs" / "ict_digits.yaml", "--config", TINY]
+    words += ["--model.discretization.sigma_max", 20]
+    other = "samples" if owner == "fid" else "fid"
+    words += [f"--{other}.samplers", SIGMAS % [20]]
+    done = program("cm-fit", *words, "--run_dir", tmp_path / "run")
+    assert done.code == 2
+    assert f"{owner}.samplers start at the noise level 80, and" in done.err
     assert not (tmp_path / "run").exists()
 
 
@@ -105,6 +120,7 @@ def test_options_before_the_config_that_it_does_not_set(program, tmp_path):
             "'model.init_args.totl_kimg' of ECT",
         ),
         ("data: {source: Digits, batch: 3}", "'data.batch' of ImageDataModule"),
+        ("data: {source: Digits, seed: 3}", "data.seed cannot be set"),
     ],
 )
 def test_mistakes_in_files(fit, tmp_path, text, words):

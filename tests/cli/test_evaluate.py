@@ -119,6 +119,11 @@ def test_phases_eta_guidance_and_diffusion_samplers(run, program):
     assert plain["worse"] is None
     assert len(strong["worse"]) == 64
     assert plain["fd"] != strong["fd"]
+    words += ["--sigmas", 80, "--guidance", 1.5, "--worse", run / "weights" / "ema_0.9@0.5"]
+    done = program(*words, "--out", run / "eval")
+    assert done.code == 0, done.err
+    table = (run / "eval" / "eval.md").read_text()
+    assert "| 1.5 by ema_0.9@0.5 |" in table
 
 
 def test_a_sweep_of_the_middle_level_draws_its_curve(run, program):
@@ -141,6 +146,9 @@ def test_samples_are_those_of_cm_sample(run, program, tmp_path):
     assert program("cm-sample", run, *words).code == 0
     drawn = np.load(tmp_path / "drawn" / "samples.npz")
     assert np.abs(kept["arr_0"].astype(int) - drawn["arr_0"]).max() <= 1
+    (run / "eval" / "ema_0.9-sigmas-80.npz").unlink()
+    assert program("cm-eval", run, "--n", 66, "--sigmas", 80, "--seeds", 3, "--npz").code == 0
+    assert (run / "eval" / "ema_0.9-sigmas-80.npz").is_file()  # the distance was there already
 
 
 def test_weights_without_a_run_need_a_config(run, program, tmp_path):

@@ -153,14 +153,70 @@ def test_a_fork_takes_the_numbers_of_its_own_optimizer(fit, tmp_path):
     assert fit(tmp_path / "a").code == 0
     checkpoint = tmp_path / "a" / "checkpoints" / "nimg000000000320.ckpt"
     words = ["--model.optimizer.lr", "1e-12", "--model.optimizer.betas", "[0.5, 0.6]"]
+    words += ["--model.optimizer.decoupled_weight_decay", "true"]
     done = fit(tmp_path / "b", "--resume", checkpoint, *words, "--model.total_kimg", 0.96)
     assert done.code == 0, done.err
     start, end = load(checkpoint), load(tmp_path / "b" / "checkpoints" / "nimg000000000960.ckpt")
     group = end["optimizer_states"][0]["param_groups"][0]
     assert (group["initial_lr"], tuple(group["betas"])) == (1e-12, (0.5, 0.6))
+    assert group["decoupled_weight_decay"] is True
     assert start["optimizer_states"][0]["param_groups"][0]["initial_lr"] > 1e-4
     for name, value in start["state_dict"].items():
         torch.testing.assert_close(end["state_dict"][name], value, rtol=0, atol=1e-9)
+
+
+def test_a_fork_of_a_finished_run_needs_more_images(fit, tmp_path):
+    assert fit(tmp_path / "a").code == 0
+    checkpoint = tmp_path / "a" / "checkpoints" / "nimg000000000640.ckpt"
+    done = fit(tmp_path / "b", "--resume", checkpoint)
+    assert done.code == 2
+    assert "is at 0.64 kimg, where model.total_kimg 0.64 ends already: raise it" in done.err
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_fork_keeps_the_origin_of_its_weights(fit, tmp_path):
+    for name in "xy":
+        assert fit(tmp_path / name, "--seed_everything", ord(name)).code == 0
+    init = ["--model.init.path", tmp_path / "x"]
+    assert fit(tmp_path / "a", *init).code == 0
+    fork = ["--resume", tmp_path / "a" / "checkpoints" / "nimg000000000320.ckpt"]
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    for name, words in (("b", []), ("c", init)):
+        done = fit(tmp_path / name, *fork, *words)
+        assert done.code == 0, done.err
+        own = json.loads((tmp_path / name / "run.json").read_text())
+        assert own["origins"]["init"]["sha256"] == record["origins"]["init"]["sha256"]
+    done = fit(tmp_path / "d", *fork, "--model.init.path", tmp_path / "y")
+    assert done.code == 2
+    assert "would not be used: the run goes on from" in done.err
+
+
+def test_a_run_that_lightning_ends_has_a_checkpoint(fit, tmp_path):
+    words = ["--checkpoints.every_kimg", 9]
+    assert fit(tmp_path / "straight", *words).code == 0
+    assert fit(tmp_path / "a", *words, "--trainer.max_steps", 3).code == 0
+    names = [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()]
+    assert names == ["nimg000000000192.ckpt"]
+    done = fit(tmp_path / "a", *words)
+    assert "at 0.192 kimg" in done.out
+    last = [tmp_path / run / "checkpoints" / "nimg000000000640.ckpt" for run in ("a", "straight")]
+    a, b = (load(path) for path in last)
+    assert_same(a["state_dict"], b["state_dict"])
+
+
+def test_check_of_a_run_of_one_step_writes_nothing(fit, tmp_path):
+    done = fit(tmp_path / "a", "--check", "--model.total_kimg", 0.064)
+    assert done.code == 0, done.err
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_resumed_run_without_distances_reports_none(fit, tmp_path):
+    assert fit(tmp_path / "a", "--trainer.max_steps", 6).code == 0
+    words = ["--fid.profiles", "[]", "--diagnostics.edges", "[1]"]
+    done = fit(tmp_path / "a", *words)
+    assert done.code == 0, done.err
+    results = json.loads((tmp_path / "a" / "run.json").read_text())["results"]
+    assert results["last"] == {}
 
 
 def test_the_saved_config_repeats_the_run(fit, program, tmp_path):

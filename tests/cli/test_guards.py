@@ -296,7 +296,7 @@ def test_offline_rows_are_logged_once_over_restarts(fit, tmp_path, monkeypatch):
     monkeypatch.setattr(KimgWandbLogger, "_log", log)
     words = ["--wandb.project", "x", "--checkpoints.every_kimg", 0.32]
     run = tmp_path / "run"
-    assert fit(run, *words, "--trainer.max_steps", 9).code == 0  # logged at 9, saved at 5
+    assert fit(run, *words, "--trainer.max_steps", 9).code == 0  # logged and saved at 9
     done = fit(run, *words)
     assert done.code == 0, done.err
     assert "Resuming" in done.out

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import yaml
 
-from cm_lightning.cli.study import training_minutes
-from cm_lightning.cli.study_file import read_study
+from cm_lightning.cli.study import make_run, training_minutes
+from cm_lightning.cli.study_file import Tuning, read_study
 from cm_lightning.cli.study_report import (
     answers,
     arms_table,
@@ -114,6 +114,26 @@ def test_a_study_trains_tunes_continues_and_tabulates(study, program, tmp_path):
     changed = program("cm-study", study(arms=other), "--out", out)
     assert changed.code == 2
     assert f"huber/{lr}/seed1 was made with other options" in changed.err
+
+
+def test_own_options_come_last_under_either_spelling(study):
+    arms = {
+        "a": {"options": {"model.optimizer": {"class_path": "torch.optim.Adam"}, "fid.n": 9}},
+        "b": {"of": "a", "options": {"model.total_kimg": 6}, "share": 0.5},
+        "c": {"options": {"model.optimizer.lr": 2}},
+    }
+    common = {"model.init_args.total_kimg": 4, "model.optimizer.init_args.lr": 1, "fid.n": 8}
+    lengths = ["model.init_args.total_kimg"]
+    found = read_study(study(arms=arms, options=common, lengths=lengths, questions={})).arms
+    first = list(found["a"].options.items())
+    assert first == [*list(common.items())[:2], *arms["a"]["options"].items()]
+    assert found["b"].options["model.total_kimg"] == 3
+    assert "model.init_args.total_kimg" not in found["b"].options
+    tune = Tuning("model.optimizer.lr", [3], [9], "fd")
+    for name, arm in found.items():
+        words = option_words(make_run(name, arm, 1, tune, 3).options, Path("out"))
+        assert words[-1] == "--model.optimizer.lr=3"
+        assert sum(".lr=" in word for word in words) == 1
 
 
 KNOWN = {

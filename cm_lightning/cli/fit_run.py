@@ -1,0 +1,198 @@
+"""What ``cm-fit`` does with a run that is built: continue it, train it, export it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cm_lightning.callbacks import EMACallback, checkpoints_of
+from cm_lightning.callbacks.run_record import in_use, is_in_use
+from cm_lightning.cli.errors import about_input, about_machine, fail
+from cm_lightning.cli.run_dir import depends_on_micro_batch, run_record
+from cm_lightning.documents import complaint, one_line
+from cm_lightning.files import is_intact
+from cm_lightning.loggers import KimgWandbLogger
+from cm_lightning.regimes import ConsistencyModule
+from cm_lightning.types import InputError, TrainingStopped
+from cm_lightning.weights import check_weights, read_checkpoint, save_weights
+
+if TYPE_CHECKING:
+    from cm_lightning.cli.fit import FitCLI
+
+__all__ = ["COMMAND", "fit", "out_of_memory", "starting"]
+
+COMMAND = "cm-fit"
+
+
+def fit(cli: FitCLI) -> None:
+    """Train, then write the portable weights of every EMA profile.
+
+    A run that was stopped after its last step trains no further and writes what is missing.
+    """
+    plan, trainer, module = cli.plan, cli.trainer, cli.model
+    checkpoint = prepare_resume(cli)
+    if checkpoint is not None and is_finished(plan.run_dir, checkpoint, module.total_nimg):
+        print(
+            f"{plan.run_dir} is complete: {plan.checkpoint} is at "
+            f"{checkpoint['cm_lightning']['nimg'] / 1000:g} of {module.total_kimg:g} kimg."
+        )
+        return
+    try:
+        with starting(module, 0 if checkpoint is None else checkpoint["cm_lightning"]["nimg"]):
+            trainer.fit(module, cli.datamodule, ckpt_path=plan.checkpoint, weights_only=True)
+        if trainer.is_global_zero:
+            export(cli)
+    except TrainingStopped as error:
+        fail(COMMAND, str(error), error.code)
+    except OSError as error:
+        fail(COMMAND, f"{error} (in {plan.run_dir}); afterwards the same command continues.", 1)
+    finally:
+        for logger in trainer.loggers:
+            if isinstance(logger, KimgWandbLogger) and not logger.finish():
+                leave_at_once()
+
+
+def out_of_memory(cli: FitCLI, error: Exception) -> str:
+    """What to change when a device's memory is too small, by what the run has not done yet.
+
+    Args:
+        cli: The run.
+        error: What torch says.
+    """
+    plan = cli.datamodule.plan(cli.trainer.world_size)
+    advice = []
+    if plan.micro_batch > 1:
+        fitting = max(m for m in range(1, plan.micro_batch) if plan.micro_batch % m == 0)
+        changes = depends_on_micro_batch(cli.config.as_dict())
+        same = "its rows see fewer others" if changes else "the same results by accumulation"
+        advice.append(f"--data.micro_batch {fitting} ({same})")
+    if cli.trainer.precision == "32-true":
+        advice.append("--trainer.precision bf16-mixed")
+    if not cli.config["performance"]["checkpointing"]:
+        advice.append("--performance.checkpointing true (about a quarter slower)")
+    if cli.datamodule.resident:
+        advice.append("--data.resident false")
+    return (
+        f"The device's memory is too small for micro-batches of {plan.micro_batch} images: try "
+        f"{', '.join(advice) or 'a smaller network'}. torch says: {one_line(error)[:200]}"
+    )
+
+
+def leave_at_once() -> None:
+    """End the process without waiting for W&B, which waits for its server."""
+    error = sys.exc_info()[1]
+    code = error.code if isinstance(error, SystemExit) else int(error is not None)
+    if error is not None and not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
+def is_finished(run_dir: Path, checkpoint: dict[str, Any], total_nimg: int) -> bool:
+    """Whether a run reached its end and wrote its record and its weights."""
+    nimg = checkpoint["cm_lightning"]["nimg"]
+    names = checkpoint["callbacks"]["EMACallback"]["averages"]
+    record = run_record(run_dir).get("results", {})
+    return (
+        nimg >= total_nimg
+        and record.get("kimg") == nimg / 1000
+        and all((run_dir / "weights" / name / "config.json").is_file() for name in names)
+    )
+
+
+@contextmanager
+def starting(module: ConsistencyModule, nimg: int = 0) -> Iterator[None]:
+    """Until the first step is done, an error is a mistake in the input; later ones pass through.
+
+    Args:
+        module: What is trained.
+        nimg: Images seen before.
+
+    Raises:
+        InputError: If there was one.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, (TrainingStopped, torch.OutOfMemoryError))
+        if known or about_input(error) or about_machine(error) or module.nimg > nimg:
+            raise
+        what = "This checkpoint cannot be continued" if nimg else "This config cannot be trained"
+        raise InputError(f"{what}: {complaint(error)}.") from error
+
+
+def prepare_resume(cli: FitCLI) -> dict[str, Any] | None:
+    """Check the checkpoint against the config and say which one it is."""
+    path = cli.plan.checkpoint
+    if path is None:
+        return None
+    checkpoint = read_checkpoint(path)
+    check_weights(cli.model.state_dict(), checkpoint["state_dict"], str(path))
+    nimg = checkpoint["cm_lightning"]["nimg"]
+    run = path.resolve().parent.parent
+    if run != cli.plan.run_dir.resolve():
+        if nimg >= cli.model.total_nimg:
+            raise InputError(
+                f"{path} is at {nimg / 1000:g} kimg, where model.total_kimg "
+                f"{cli.model.total_kimg:g} ends already: raise it."
+            )
+        cli.model.origins = inherited(cli.model.origins, run, path)
+    newest = next(filter(is_intact, checkpoints_of(cli.plan.run_dir)), None)
+    if newest is not None and newest.name > f"nimg{nimg:012d}.ckpt":
+        if is_in_use(cli.plan.run_dir):
+            raise in_use(cli.plan.run_dir)
+        raise InputError(
+            f"{cli.plan.run_dir} holds a newer checkpoint, {newest.name}, than {path}: choose "
+            "another --run_dir, so that nothing is lost."
+        )
+    if cli.trainer.is_global_zero:
+        print(f"Resuming from {path} at {nimg / 1000:g} kimg.")
+    return checkpoint
+
+
+def inherited(origins: dict[str, Any], run: Path, path: Path) -> dict[str, Any]:
+    """Origins of a run that goes on from another one's checkpoint: the weights keep theirs.
+
+    Args:
+        origins: Origins by the config.
+        run: The other run.
+        path: Its checkpoint.
+
+    Raises:
+        InputError: If the config asks for initial weights other than the other run's.
+    """
+    theirs = run_record(run).get("origins") or {}
+    start = theirs.get("init")
+    if "init" in origins and (start or {}).get("sha256") != origins["init"]["sha256"]:
+        raise InputError(
+            f"model.init.path {origins['init']['path']} would not be used: the run goes on from "
+            f"the weights in {path}. Leave it out."
+        )
+    return origins if start is None else origins | {"init": start}
+
+
+def export(cli: FitCLI) -> None:
+    """Write ``<run>/weights/<profile>/`` for every EMA profile."""
+    import json
+
+    ema = next(c for c in cli.trainer.callbacks if isinstance(c, EMACallback))  # type: ignore[attr-defined]
+    model = json.loads(cli.parser.dump(cli.config, format="json"))["model"]
+    for name in ema.averages:
+        weights = dict(cli.model.denoiser.state_dict()) | ema.averages[name]
+        info = {
+            "regime": type(cli.model).__name__,
+            "ema": name,
+            "kimg": ema.nimg_of(name, cli.model) / 1000,
+            "data_fingerprint": cli.datamodule.fingerprint,
+            "origins": cli.model.origins,
+        }
+        folder = cli.plan.run_dir / "weights" / name
+        save_weights(folder, model["init_args"]["denoiser"], weights, info)
+        print(f"  weights    {folder}")
