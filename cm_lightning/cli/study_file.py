@@ -202,8 +202,9 @@ def merged(options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
         options: Options of ``cm-fit``.
         own: What replaces them, under either spelling of a key, with ``init_args`` or without.
     """
-    replaced = {plain(key) for key in own}
-    return {key: value for key, value in options.items() if plain(key) not in replaced} | dict(own)
+    replaced = {plain(str(key)) for key in own}
+    kept = {key: value for key, value in options.items() if plain(str(key)) not in replaced}
+    return kept | dict(own)
 
 
 def scaled(options: dict[str, Any], lengths: list[str], share: float) -> dict[str, Any]:
@@ -220,7 +221,7 @@ def scaled(options: dict[str, Any], lengths: list[str], share: float) -> dict[st
     if share == 1:
         return options
     named = {plain(key) for key in lengths}
-    found = {key: value for key, value in options.items() if plain(key) in named}
+    found = {key: value for key, value in options.items() if plain(str(key)) in named}
     for key, value in found.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise InputError(f"The length {key} must be a number, got {value!r}.")

@@ -90,12 +90,13 @@ class Words(HTMLParser):
 def test_diagnostics_of_different_regimes_share_a_page(program, teacher, tmp_path):
     """Names that are equal are told apart; what a family is and how to read it is said."""
     quiet = ["--fid.samplers", ONE_CALL, "--samples.every_kimg", "null", "--ema.profiles"]
-    quiet += ["[{class_path: ConstantEMA, init_args: {rate: 0.9}}]", "--config", TINY]
+    quiet += ["[{class_path: ConstantEMA, init_args: {rate: 0.9}}]"]
     runs = []
     for regime, words in (("sct", ["--model.init.path", teacher]), ("gc", [])):
         run = tmp_path / regime / "seed<b>"
         config = ROOT / "configs" / f"{regime}_digits.yaml"
-        done = program("cm-fit", "--config", config, "--run_dir", run, *quiet, *words)
+        given = ["--config", config, "--config", TINY, "--run_dir", run]
+        done = program("cm-fit", *given, *quiet, *words)
         assert done.code == 0, done.err
         runs.append(run)
     out = tmp_path / "out"
