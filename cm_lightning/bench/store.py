@@ -89,14 +89,14 @@ def make_store(path: Path, shape: tuple[int, ...], classes: int) -> None:
             raise InputError(f"{path} is a store of another shape: choose another --folder.")
         return
     partial = path.with_name(f".{path.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    size, free = math.prod(shape), shutil.disk_usage(partial).free
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size, free = math.prod(shape), shutil.disk_usage(path.parent).free
     if size > free:
-        partial.rmdir()
         raise InputError(
             f"A store of {size / 2**30:.1f} GiB needs more than the {free / 2**30:.1f} GiB free at "
             f"{path}: give fewer --images or another --folder."
         )
+    partial.mkdir(exist_ok=True)
     if size >= 2**30:
         print(f"Writing {size / 2**30:.1f} GiB of random images to {path}, once.", file=sys.stderr)
     rng = np.random.default_rng(0)

@@ -135,7 +135,7 @@ class CheckpointCallback(StepCallback, Checkpoint):
         self.best = best
         self.max_failures = max_failures
         self.keep_every_kimg = keep_every_kimg
-        self._owed = self._pending = self._trial = False
+        self._owed = self._over = self._held = self._trial = False
         self._io = AtomicCheckpointIO()
         self._failures = 0
         self._saved = -1
@@ -165,8 +165,10 @@ class CheckpointCallback(StepCallback, Checkpoint):
 
     def on_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Listen to signals: interactive ones, and those of a cluster that wants its machine."""
-        self._owed = self._pending = False
+        self._owed = self._over = self._held = False
         self._saved = pl_module.nimg
+        if self._trial:
+            return
         if threading.current_thread() is threading.main_thread() and not self._handlers:
             for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
                 if hasattr(signal, name):
@@ -191,22 +193,23 @@ class CheckpointCallback(StepCallback, Checkpoint):
         """Leave signals as they were."""
         self._restore()
 
-    def on_micro_batch(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
-        """Remember that a step is under way."""
-        self._pending = True
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Save where something else ended the run, such as ``trainer.max_time``, between steps."""
-        if not self._pending and self._saved != pl_module.nimg and not self._trial:
-            self.save(trainer, pl_module)
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let a step that is under way come to its end before the run is stopped."""
+        before = self._seen
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.should_stop and pl_module.nimg == before:
+            trainer.should_stop, self._held = False, True
 
     def on_step(self, trainer: L.Trainer, pl_module: Any, before: int, after: int) -> None:
         """Save when it is due; after a signal, save and stop."""
-        self._pending = False
         if self._trial:
             return
+        trainer.should_stop |= self._held
+        self._over = trainer.should_stop or trainer.global_step == trainer.max_steps
         interval = self.every_kimg if self.every_kimg is not None else float("inf")
-        self._owed |= due(before, after, interval, pl_module.total_nimg)
+        self._owed |= due(before, after, interval, pl_module.total_nimg) or self._over
         if self._owed:
             self.save(trainer, pl_module)
         fid = None if self.best is None else self._fid(trainer)
@@ -237,8 +240,10 @@ class CheckpointCallback(StepCallback, Checkpoint):
         Raises:
             TrainingStopped: If that failed too often, or at the end of the run.
         """
-        over = pl_module.nimg >= pl_module.total_nimg
-        self._owed = not over and int(pl_module.gradient_stats.streak) > 0
+        over = pl_module.nimg >= pl_module.total_nimg or self._over
+        self._owed = (
+            pl_module.nimg < pl_module.total_nimg and int(pl_module.gradient_stats.streak) > 0
+        )
         if self._owed:
             return
         failure = self._write(trainer, f"nimg{pl_module.nimg:012d}.ckpt")

@@ -289,7 +289,7 @@ class DiagnosticsCallback(StepCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the window under way; with other edges it begins anew."""
-        if state_dict["edges"] != list(self.edges):
+        if state_dict.get("edges") != list(self.edges):
             return
         self._sums, self._histogram = state_dict["sums"], state_dict["histogram"]
         self._notes, self._recent = dict(state_dict["notes"]), list(state_dict["recent"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cm_lightning.callbacks.step import StepCallback
-from cm_lightning.ema import ConstantEMA, EMAProfile, snapshot_nimg, update_average
+from cm_lightning.ema import ConstantEMA, EMAProfile, update_average
 from cm_lightning.types import Denoiser, InputError
 
 __all__ = ["LIVE", "EMACallback", "find_ema"]
@@ -60,6 +60,25 @@ class EMACallback(StepCallback):
         """Names of the profiles, the default first."""
         return [profile.name for profile in self.profiles]
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Check that no snapshot's moment has passed; a checkpoint has been applied by now.
+
+        Raises:
+            InputError: If one has.
+        """
+        if self._total not in (0, pl_module.total_nimg):
+            # another run's checkpoint: a run of another length has shares of its own
+            self._loaded = {name: self._loaded[name] for name in self._loaded if "@" not in name}
+        self._total = pl_module.total_nimg
+        for share in self.snapshots:
+            names = {f"{name}@{share:g}" for name in self.names}
+            if pl_module.nimg >= share * pl_module.total_nimg and not names <= self._loaded.keys():
+                raise InputError(
+                    f"ema.snapshots {share:g} is {share * pl_module.total_kimg:g} of "
+                    f"{pl_module.total_kimg:g} kimg, and the run goes on from "
+                    f"{pl_module.nimg / 1000:g}: leave it out."
+                )
+
     def on_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the averages at the weights, or where the checkpoint left them."""
         parameters = _trainable(pl_module.denoiser)
@@ -69,20 +88,8 @@ class EMACallback(StepCallback):
                 key: source[key].detach().to(p.device, torch.float32, copy=True)
                 for key, p in parameters.items()
             }
-        # a run that goes on from another one's checkpoint to another length has shares of its own
-        same = self._total in (0, pl_module.total_nimg)
-        kept = {name: self._loaded[name] for name in self._loaded if "@" in name and same}
-        self.averages |= kept
-        self._loaded, self._total = {}, pl_module.total_nimg
-        for share in self.snapshots:
-            if pl_module.nimg >= share * pl_module.total_nimg:
-                for name in self.names:
-                    if f"{name}@{share:g}" not in self.averages:
-                        raise InputError(
-                            f"ema.snapshots {share:g} is {share * pl_module.total_kimg:g} of "
-                            f"{pl_module.total_kimg:g} kimg, and the run goes on from "
-                            f"{pl_module.nimg / 1000:g}: leave it out."
-                        )
+        self.averages |= {name: self._loaded[name] for name in self._loaded if "@" in name}
+        self._loaded = {}
 
     def on_step(self, trainer: L.Trainer, pl_module: Any, before: int, after: int) -> None:
         """Move every average towards the new weights."""
@@ -123,16 +130,6 @@ class EMACallback(StepCallback):
             for key, p in parameters.items():
                 p.data = live[key]
 
-    def nimg_of(self, name: str, module: Any) -> int:
-        """Images that an average has seen: those of the run, or of the moment of a snapshot.
-
-        Args:
-            name: The name of a profile or snapshot.
-            module: The module being trained.
-        """
-        taken = snapshot_nimg(name, module.total_nimg, module.global_batch)
-        return int(module.nimg) if taken is None else taken
-
     def state_dict(self) -> dict[str, Any]:
         """The averages, by profile and parameter name (tensors only)."""
         return {"averages": self.averages, "total_nimg": self._total}
@@ -143,7 +140,7 @@ class EMACallback(StepCallback):
         Raises:
             InputError: If a profile is missing in the checkpoint.
         """
-        stored, self._total = state_dict["averages"], int(state_dict["total_nimg"])
+        stored, self._total = state_dict["averages"], int(state_dict.get("total_nimg", 0))
         for name in self.names:
             if name not in stored:
                 raise InputError(

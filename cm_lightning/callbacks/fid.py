@@ -121,6 +121,7 @@ class FIDCallback(StepCallback):
         """Lowest value of each metric and the kimg at which it was reached."""
         self.last: dict[str, float] = {}
         """Values of the last evaluation."""
+        self._aside: dict[str, Any] = {}
         self._metric: FrechetDistance | None = None
         self._trial = False
 
@@ -285,12 +286,15 @@ class FIDCallback(StepCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Last values, and the best so far."""
+        if self._aside:
+            return self._aside  # of starts that measured, for those that will again
         best = {key: list(value) for key, value in self.best.items()}
         return {"best": best, "last": self.last, "measured": self._measured}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them, if they were measured as this callback measures."""
-        if state_dict["measured"] != self._measured:
+        if state_dict.get("measured") != self._measured:
+            self._aside = {} if self.enabled else dict(state_dict)
             return
         self.last = dict(state_dict["last"])
         self.best = {key: (value[0], value[1]) for key, value in state_dict["best"].items()}

@@ -64,7 +64,8 @@ class SamplesCallback(StepCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Check profile and samplers before training starts."""
-        check_reach("samples", self.samplers, pl_module)
+        if self.every_kimg is not None:
+            check_reach("samples", self.samplers, pl_module)
         ema = find_ema(trainer)
         if self.profile not in (None, "live", *ema.names):
             raise InputError(

@@ -211,6 +211,8 @@ def overlaid(config: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     for key, value in later.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
+            if value.get("class_path", old.get("class_path")) != old.get("class_path"):
+                old = {}  # arguments of another class
             value = overlaid(old, value)
         merged[key] = value
     return merged

@@ -281,10 +281,10 @@ def guide(denoiser: Denoiser, scale: float, options: argparse.Namespace) -> Guid
 
 
 def guiding(model: GuidedDenoiser, options: argparse.Namespace) -> str | None:
-    """Name of the guiding weights: the model's own average, or where they lie."""
+    """Name of the guiding weights: the run's own average, or the folder of others."""
     if model.worse is None:
         return None
-    return " ".join(word for word in (options.worse, options.worse_ema) if word)
+    return options.worse_ema if options.worse is None else Path(options.worse).resolve().name
 
 
 def samples_of(cell: Cell, out: Path) -> Path:

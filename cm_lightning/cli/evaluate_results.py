@@ -121,7 +121,7 @@ class Book:
             check_form(weights, {...: str}, str(self.path), "weights")
         except InputError as error:
             raise InputError(f"{self.path} is not a result of cm-eval: {error}") from error
-        compared = {key: old[key] for key in identity if key not in ("source", "weights")}
+        compared = {key: old[key] for key in identity if key not in ("source", "weights", "kimg")}
         known = identity["weights"]
         compared["weights"] = {name: weights.get(name, digest) for name, digest in known.items()}
         for key, value in compared.items():

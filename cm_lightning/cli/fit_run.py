@@ -16,6 +16,7 @@ from cm_lightning.callbacks.run_record import in_use, is_in_use
 from cm_lightning.cli.errors import about_input, about_machine, fail
 from cm_lightning.cli.run_dir import depends_on_micro_batch, run_record
 from cm_lightning.documents import complaint, one_line
+from cm_lightning.ema import snapshot_nimg
 from cm_lightning.files import is_intact
 from cm_lightning.loggers import KimgWandbLogger
 from cm_lightning.regimes import ConsistencyModule
@@ -136,8 +137,13 @@ def prepare_resume(cli: FitCLI) -> dict[str, Any] | None:
     checkpoint = read_checkpoint(path)
     check_weights(cli.model.state_dict(), checkpoint["state_dict"], str(path))
     nimg = checkpoint["cm_lightning"]["nimg"]
-    run = path.resolve().parent.parent
-    if run != cli.plan.run_dir.resolve():
+    run = path.absolute().parent.parent.resolve()
+    if cli.config["resume"] == "auto" or run == cli.plan.run_dir.resolve():
+        theirs = run_record(cli.plan.run_dir).get("origins") or {}
+        cli.model.origins = {role: theirs[role] for role in theirs if role == "init"} | (
+            cli.model.origins
+        )
+    else:
         if nimg >= cli.model.total_nimg:
             raise InputError(
                 f"{path} is at {nimg / 1000:g} kimg, where model.total_kimg "
@@ -186,10 +192,11 @@ def export(cli: FitCLI) -> None:
     model = json.loads(cli.parser.dump(cli.config, format="json"))["model"]
     for name in ema.averages:
         weights = dict(cli.model.denoiser.state_dict()) | ema.averages[name]
+        taken = snapshot_nimg(name, cli.model.total_nimg, cli.datamodule.global_batch)
         info = {
             "regime": type(cli.model).__name__,
             "ema": name,
-            "kimg": ema.nimg_of(name, cli.model) / 1000,
+            "kimg": (cli.model.nimg if taken is None else taken) / 1000,
             "data_fingerprint": cli.datamodule.fingerprint,
             "origins": cli.model.origins,
         }

@@ -120,14 +120,18 @@ def check_keys(argv: list[str], groups: Mapping[str, type], scalars: Mapping[str
 def _check_order(given: list[tuple[str, Any, str]]) -> None:
     """Refuse options whose value a later config file would replace."""
     before: set[str] = set()
-    for key, _, where in given:
+    for key, value, where in given:
         if where == COMMAND_LINE:
             before.add(plain(key))
-        elif plain(key) in before:
-            raise InputError(
-                f"--{plain(key)} stands before --config {where}, which sets it again: later words "
-                "win, so put options after --config."
-            )
+            continue
+        # a name, of a class or a file, replaces all that stands below it
+        below = f"{plain(key)}." if isinstance(value, str) else plain(key)
+        for option in before:
+            if option == plain(key) or (below.endswith(".") and option.startswith(below)):
+                raise InputError(
+                    f"--{option} stands before --config {where}, which sets it again: later words "
+                    "win, so put options after --config."
+                )
 
 
 def _is_wild(value: Any, hint: Any) -> bool:

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch.optim import Optimizer
 
 from cm_lightning.callbacks import (
@@ -93,6 +93,8 @@ class ConsistencyModule(L.LightningModule):
         self.skipped = 0
         self.gradient_stats: GradientStats | None = None
         self._micro_step = 0
+        self._settings: list[dict[str, Any]] = []
+        self._stored: list[dict[str, Any]] = []
         self.global_batch = 0
         self.averages: dict[str, EMAProfile] = {}
         """Averaged copies of the denoiser that the loss needs, by the name of their attribute."""
@@ -176,8 +178,11 @@ class ConsistencyModule(L.LightningModule):
         """Give the optimizer the config's settings; train no further where a run was over."""
         optimizers = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizers, Optimizer)
-        for group, settings in zip(optimizers.param_groups, self._settings, strict=True):
-            group.update(settings)  # a checkpoint restored those of the run it was written by
+        for group, own, old in zip(
+            optimizers.param_groups, self._settings, self._stored or self._settings, strict=True
+        ):
+            # the checkpoint of another run restored that one's
+            group.update({key: own[key] for key in own if key not in old or own[key] != old[key]})
         if self.nimg >= self.total_nimg:
             self.trainer.should_stop = True
 
@@ -256,7 +261,8 @@ class ConsistencyModule(L.LightningModule):
                 f"{self.trainer.precision}."
             )
         strategy = self.trainer.strategy
-        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+        if not whole or isinstance(strategy, DeepSpeedStrategy):
             raise InputError(
                 "trainer.strategy must be auto or ddp, as averages and checkpoints need the whole "
                 f"network on every device; got {type(strategy).__name__}."
@@ -281,7 +287,7 @@ class ConsistencyModule(L.LightningModule):
                 group["fused"] = group["fused"] is not False  # one pass over the weights
         kept = ("params", "fused", "foreach", "capturable", "differentiable")
         self._settings = [
-            {key: value for key, value in group.items() if key not in kept}
+            {key: value for key, value in group.items() if key not in kept and _is_plain(value)}
             for group in optimizer.param_groups
         ]
         # under 16-mixed a fused one would get scaled gradients, of which infinite ones are
@@ -336,6 +342,7 @@ class ConsistencyModule(L.LightningModule):
             "borrowed": {role: self.origins[role]["sha256"] for role in self._borrowed},
             "nonfinite_steps": 0 if stats is None else int(stats.nonfinite_steps),
             "streak": 0 if stats is None else int(stats.streak),
+            "optimizer": self._settings,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -364,10 +371,16 @@ class ConsistencyModule(L.LightningModule):
                     f"{found['sha256'][:16]}, the checkpoint was trained with {digest[:16]}."
                 )
         self.nimg, self.skipped = int(state["nimg"]), int(state["skipped"])
+        self._stored = state.get("optimizer", [])
         count, streak = state["nonfinite_steps"], state["streak"]
         self.gradient_stats = GradientStats(
             torch.zeros(()), torch.tensor(count), torch.tensor(streak)
         )
+
+
+def _is_plain(value: Any) -> bool:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return all(isinstance(v, (bool, int, float, str, type(None))) for v in values)
 
 
 def check_twin(denoiser: Denoiser, other: Denoiser, what: str) -> None:

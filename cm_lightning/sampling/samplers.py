@@ -38,9 +38,9 @@ class Sampler(ABC):
         """Number of unit-noise images consumed per image."""
 
     @property
-    @abstractmethod
     def start(self) -> float:
-        """Level of the noise that sampling starts from."""
+        """Level of the noise that sampling starts from, 0 where that is not known."""
+        return 0.0
 
     @property
     def name(self) -> str:

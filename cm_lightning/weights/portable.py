@@ -46,7 +46,7 @@ _INFO = {
 """What is known of weights, in config.json and run.json."""
 _CHECKPOINT = {
     "state_dict": {...: Tensor},
-    "callbacks": {"EMACallback?": {"averages": {...: {...: Tensor}}, "total_nimg": int}},
+    "callbacks": {"EMACallback?": {"averages": {...: {...: Tensor}}, "total_nimg?": int}},
     "cm_lightning": {
         "nimg": int,
         "seed": int,
@@ -55,6 +55,7 @@ _CHECKPOINT = {
         "borrowed": {...: str},
         "nonfinite_steps": int,
         "streak": int,
+        "optimizer?": [dict],
     },
 }
 

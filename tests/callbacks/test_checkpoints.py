@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import lightning as L
 import torch
 
+from cm_lightning.callbacks import CheckpointCallback, EMACallback
+from cm_lightning.data import Digits, ImageDataModule
 from cm_lightning.evaluation import read_metrics
+from cm_lightning.regimes import ECT
+from tests.toys import TinyDenoiser
 
 METRIC = "fd_digits66/ema_0.9/nfe1"
 
@@ -31,3 +36,27 @@ def test_an_unknown_distance_is_refused(fit, tmp_path):
     assert done.code == 2
     assert f"checkpoints.best names 'fid50k', and the distances measured are {METRIC}" in done.err
     assert not (tmp_path / "run").exists()
+
+
+class Stop(L.Callback):
+    """Ends the run within a step, as ``trainer.max_time`` may."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop |= batch_idx == 5
+
+
+def test_a_run_stopped_within_a_step_ends_after_it_with_a_checkpoint(tmp_path):
+    module = ECT(TinyDenoiser(), total_kimg=1)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        logger=False,
+        default_root_dir=tmp_path,
+        callbacks=[Stop(), EMACallback(), CheckpointCallback()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, ImageDataModule(Digits(), 32, micro_batch=8, conditional=False))
+    assert module.nimg == 64  # the sixth of four micro-batches a step
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["nimg000000000064.ckpt"]

@@ -8,7 +8,7 @@ import torch
 
 from cm_lightning.callbacks import EMACallback, StepCallback
 from cm_lightning.data import Digits, ImageDataModule
-from cm_lightning.ema import ConstantEMA, HalfLifeEMA, PowerEMA
+from cm_lightning.ema import ConstantEMA, HalfLifeEMA, PowerEMA, snapshot_nimg
 from cm_lightning.regimes import ECT
 from cm_lightning.types import InputError
 from tests.toys import TinyDenoiser
@@ -138,19 +138,18 @@ def test_snapshots_of_another_length_are_taken_anew():
     longer.nimg = module.nimg
     again = EMACallback((ConstantEMA(0.0),), snapshots=(0.4,))
     again.load_state_dict(ema.state_dict())
+    again.on_fit_start(None, longer)
     again.on_start(None, longer)
     assert list(again.averages) == ["ema_0"]
     passed = EMACallback((ConstantEMA(0.0),), snapshots=(0.05, 0.4))
     passed.load_state_dict(ema.state_dict())
     with pytest.raises(InputError, match=r"ema\.snapshots 0\.05 is .* goes on from"):
-        passed.on_start(None, longer)
+        passed.on_fit_start(None, longer)
 
 
 def test_a_snapshot_has_seen_the_images_of_its_moment():
-    ema, module = EMACallback((ConstantEMA(0.0),)), ECT(TinyDenoiser(), total_kimg=1)
-    module.global_batch, module.nimg = 32, 1000
-    assert ema.nimg_of("ema_0", module) == 1000
-    assert ema.nimg_of("ema_0@0.4", module) == 416  # the first multiple of 32 from 400
+    assert snapshot_nimg("ema_0", 1000, 32) is None
+    assert snapshot_nimg("ema_0@0.4", 1000, 32) == 416  # the first multiple of 32 from 400
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1])

@@ -94,7 +94,13 @@ def test_smallest_levels_of_grid_and_network_agree(program, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", ["--model.total_kimg=1", "--model.init_args.total_kimg=1", "--model=CT"]
+    "option",
+    [
+        "--model.total_kimg=1",
+        "--model.init_args.total_kimg=1",
+        "--model=CT",
+        "--model.distance.c=0.1",  # the file names a distance
+    ],
 )
 def test_an_option_that_a_later_config_would_replace(program, tmp_path, option):
     done = program("cm-fit", option, "--config", DIGITS, "--run_dir", tmp_path / "run")

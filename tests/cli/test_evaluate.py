@@ -124,6 +124,8 @@ def test_phases_eta_guidance_and_diffusion_samplers(run, program):
     assert done.code == 0, done.err
     table = (run / "eval" / "eval.md").read_text()
     assert "| 1.5 by ema_0.9@0.5 |" in table
+    snapshot = ["cm-eval", run, "--n", 66, "--seeds", 0, "--sigmas", 80, "--ema", "ema_0.9@0.5"]
+    assert program(*snapshot).code == 0  # of another moment, in the same folder
 
 
 def test_a_sweep_of_the_middle_level_draws_its_curve(run, program):

@@ -182,8 +182,10 @@ def test_a_fork_keeps_the_origin_of_its_weights(fit, tmp_path):
     fork = ["--resume", tmp_path / "a" / "checkpoints" / "nimg000000000320.ckpt"]
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     for name, words in (("b", []), ("c", init)):
-        done = fit(tmp_path / name, *fork, *words)
+        assert fit(tmp_path / name, *fork, *words, "--trainer.max_steps", 6).code == 0
+        done = fit(tmp_path / name, *words)
         assert done.code == 0, done.err
+        assert "Resuming" in done.out
         own = json.loads((tmp_path / name / "run.json").read_text())
         assert own["origins"]["init"]["sha256"] == record["origins"]["init"]["sha256"]
     done = fit(tmp_path / "d", *fork, "--model.init.path", tmp_path / "y")

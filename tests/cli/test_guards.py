@@ -140,21 +140,24 @@ def test_checkpoints_are_kept_for_good(fit, tmp_path):
 
 
 def test_a_run_stopped_after_its_last_step_is_finished_later(fit, tmp_path):
-    run = tmp_path / "run"
-    assert fit(run).code == 0
+    run, snapshots = tmp_path / "run", ["--ema.snapshots", "[0.5]"]
+    assert fit(run, *snapshots).code == 0
     record = json.loads((run / "run.json").read_text())
     weights = {p.name: p.read_bytes() for p in (run / "weights").rglob("*.safetensors")}
     checkpoint = (run / "checkpoints" / "nimg000000000640.ckpt").read_bytes()
     shutil.rmtree(run / "weights" / "ema_0.9")
     results = record.pop("results")
     (run / "run.json").write_text(json.dumps(record))
-    done = fit(run)
+    shutil.rmtree(run / "weights" / "ema_0.9@0.5")
+    done = fit(run, *snapshots)
     assert done.code == 0, done.err
     assert "Finished at 0.64 kimg" in done.out
     assert {p.name: p.read_bytes() for p in (run / "weights").rglob("*.safetensors")} == weights
     assert json.loads((run / "run.json").read_text())["results"] == results
     assert (run / "checkpoints" / "nimg000000000640.ckpt").read_bytes() == checkpoint
-    assert "is complete" in fit(run).out
+    assert "is complete" in fit(run, *snapshots).out
+    kimg = json.loads((run / "weights" / "ema_0.9@0.5" / "config.json").read_text())["kimg"]
+    assert kimg == 0.32
 
 
 def test_a_torn_row_of_the_metrics_is_dropped(fit, tmp_path):

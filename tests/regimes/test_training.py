@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from cm_lightning.data import Digits, ImageDataModule
 from cm_lightning.objective import EDM, LogNormal
@@ -15,7 +15,7 @@ from cm_lightning.types import InputError, LossOutput, TrainingStopped
 from tests.toys import TinyDenoiser, gaussian_denoiser
 
 
-def train(module, steps: int | None = None, **data):
+def train(module, steps: int | None = None, checkpoint=None, **data):
     data = ImageDataModule(Digits(), conditional=False, **({"global_batch": 32} | data))
     trainer = L.Trainer(
         accelerator="cpu",
@@ -27,7 +27,7 @@ def train(module, steps: int | None = None, **data):
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     return trainer
 
 
@@ -159,7 +159,7 @@ def test_bad_arguments_are_named(arguments):
         ECT(TinyDenoiser(), **arguments)
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+@pytest.mark.parametrize("strategy", [DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy])
 def test_strategies_that_cut_the_network_are_refused(strategy, monkeypatch):
     module = ECT(TinyDenoiser(), total_kimg=0.1)
     # both need a GPU to start: let the trainer say that it has one
@@ -169,3 +169,27 @@ def test_strategies_that_cut_the_network_are_refused(strategy, monkeypatch):
     monkeypatch.setattr(L.Trainer, "precision", "32-true")
     with pytest.raises(InputError, match=f"must be auto or ddp.*{strategy.__name__}"):
         module.setup("fit")
+
+
+class Counting(torch.optim.SGD):
+    """Keeps state among its settings, as some optimizers do."""
+
+    def step(self, closure=None):
+        self.param_groups[0]["k"] = self.param_groups[0].get("k", 0) + 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-2])
+def test_settings_that_an_optimizer_changes_are_resumed(tmp_path, rate):
+    def counting(parameters):
+        optimizer = Counting(parameters, lr=1e-3 if begun == 0 else rate)
+        optimizer.param_groups[0]["k"] = 0
+        return optimizer
+
+    begun = 0
+    trainer = train(ECT(TinyDenoiser(), total_kimg=1, optimizer=counting), steps=3)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    begun, module = 1, ECT(TinyDenoiser(), total_kimg=1, optimizer=counting)
+    trainer = train(module, steps=5, checkpoint=tmp_path / "a.ckpt")
+    group = trainer.optimizers[0].param_groups[0]
+    assert (group["k"], group["initial_lr"]) == (5, rate)
