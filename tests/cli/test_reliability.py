@@ -6,9 +6,11 @@ import errno
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -73,8 +75,11 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(fit, straight, tmp_path)
     run = tmp_path / "run"
     assert fit(run, *SAVES).code == 0
     newest, before = sorted((run / "checkpoints").iterdir(), reverse=True)[:2]
+    with zipfile.ZipFile(newest) as archive:
+        part = max(archive.infolist(), key=lambda info: info.file_size)
     data = bytearray(newest.read_bytes())
-    data[len(data) // 2] ^= 1  # one bit
+    names = sum(struct.unpack("<HH", data[part.header_offset + 26 : part.header_offset + 30]))
+    data[part.header_offset + 30 + names + part.file_size // 2] ^= 1  # one bit of its content
     newest.write_bytes(data)
     assert not is_intact(newest)
     done = fit(run, *SAVES)

@@ -163,7 +163,7 @@ def test_bad_arguments_are_named(arguments):
 def test_strategies_that_cut_the_network_are_refused(strategy, monkeypatch):
     module = ECT(TinyDenoiser(), total_kimg=0.1)
     # both need a GPU to start: let the trainer say that it has one
-    monkeypatch.setattr(L.Trainer, "strategy", property(lambda trainer: strategy()))
+    monkeypatch.setattr(L.Trainer, "strategy", property(lambda trainer: strategy.__new__(strategy)))
     module._trainer = L.Trainer.__new__(L.Trainer)
     monkeypatch.setattr(L.Trainer, "datamodule", None, raising=False)
     monkeypatch.setattr(L.Trainer, "precision", "32-true")
