@@ -138,18 +138,12 @@ def prepare_resume(cli: FitCLI) -> dict[str, Any] | None:
     check_weights(cli.model.state_dict(), checkpoint["state_dict"], str(path))
     nimg = checkpoint["cm_lightning"]["nimg"]
     run = path.absolute().parent.parent.resolve()
-    if cli.config["resume"] == "auto" or run == cli.plan.run_dir.resolve():
-        theirs = run_record(cli.plan.run_dir).get("origins") or {}
-        cli.model.origins = {role: theirs[role] for role in theirs if role == "init"} | (
-            cli.model.origins
-        )
-    else:
-        if nimg >= cli.model.total_nimg:
-            raise InputError(
-                f"{path} is at {nimg / 1000:g} kimg, where model.total_kimg "
-                f"{cli.model.total_kimg:g} ends already: raise it."
-            )
-        cli.model.origins = inherited(cli.model.origins, run, path)
+    fork = cli.config["resume"] != "auto" and run != cli.plan.run_dir.resolve()
+    start = (run_record(run if fork else cli.plan.run_dir).get("origins") or {}).get("init")
+    if fork:
+        check_fork(cli, path, nimg, start)
+    if start is not None:  # the weights keep their origin, and its licence
+        cli.model.origins = cli.model.origins | {"init": start}
     newest = next(filter(is_intact, checkpoints_of(cli.plan.run_dir)), None)
     if newest is not None and newest.name > f"nimg{nimg:012d}.ckpt":
         if is_in_use(cli.plan.run_dir):
@@ -163,25 +157,29 @@ def prepare_resume(cli: FitCLI) -> dict[str, Any] | None:
     return checkpoint
 
 
-def inherited(origins: dict[str, Any], run: Path, path: Path) -> dict[str, Any]:
-    """Origins of a run that goes on from another one's checkpoint: the weights keep theirs.
+def check_fork(cli: FitCLI, path: Path, nimg: int, start: dict[str, Any] | None) -> None:
+    """Check a run that goes on from another one's checkpoint.
 
     Args:
-        origins: Origins by the config.
-        run: The other run.
-        path: Its checkpoint.
+        cli: The run.
+        path: The checkpoint.
+        nimg: Images it has seen.
+        start: The initial weights of the other run, as its record tells.
 
     Raises:
-        InputError: If the config asks for initial weights other than the other run's.
+        InputError: If nothing is left to train, or if the config asks for other initial weights.
     """
-    theirs = run_record(run).get("origins") or {}
-    start = theirs.get("init")
-    if "init" in origins and (start or {}).get("sha256") != origins["init"]["sha256"]:
+    if nimg >= cli.model.total_nimg:
         raise InputError(
-            f"model.init.path {origins['init']['path']} would not be used: the run goes on from "
-            f"the weights in {path}. Leave it out."
+            f"{path} is at {nimg / 1000:g} kimg, where model.total_kimg {cli.model.total_kimg:g} "
+            "ends already: raise it."
         )
-    return origins if start is None else origins | {"init": start}
+    asked = cli.model.origins.get("init")
+    if asked is not None and asked["sha256"] != (start or {}).get("sha256"):
+        raise InputError(
+            f"model.init.path {asked['path']} would not be used: the run goes on from the weights "
+            f"in {path}. Leave it out."
+        )
 
 
 def export(cli: FitCLI) -> None:

@@ -196,7 +196,7 @@ def _classes(given: list[tuple[str, Any, str]], where: str) -> dict[str, str]:
     named: dict[str, dict[str, str]] = {}
     for key, value, origin in given:
         if isinstance(value, str):
-            path = key.replace(".init_args", "").removesuffix(".class_path")
+            path = plain(key).removesuffix(".class_path")
             named.setdefault(origin, {})[path] = value
     last = {path: value for words in named.values() for path, value in words.items()}
     return last | named.get(where, {})
@@ -212,7 +212,7 @@ def _check_path(
             path = f"{path}.{part}"
             hint = {"class_path": str, "init_args": dict, "dict_kwargs": dict}.get(part)
             continue
-        named = classes.get(path.replace(".init_args", ""))
+        named = classes.get(plain(path))
         cls = _resolve(named) if named else cls
         if cls is None or inspect.isabstract(cls):
             return None  # the parser will say which class is missing
@@ -267,7 +267,7 @@ def _refuse(
 ) -> None:
     near = difflib.get_close_matches(part, accepted, n=1, cutoff=0.5)
     if near:
-        hint = f"did you mean '{prefix.replace('.init_args', '')}{near[0]}'?"
+        hint = f"did you mean '{plain(prefix)}{near[0]}'?"
     else:
         hint = f"it accepts {', '.join(sorted(accepted))}."
     owner = "" if cls is None else f" of {cls.__name__}"

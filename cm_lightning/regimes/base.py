@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch.optim import Optimizer
 
 from cm_lightning.callbacks import (
@@ -24,13 +23,11 @@ from cm_lightning.files import hash_tensors
 from cm_lightning.networks import preserves_magnitude
 from cm_lightning.objective import Draw, GeneratorCoupling, Grid, Objective
 from cm_lightning.optim import GradientGuard, GradientStats, LearningRate
+from cm_lightning.regimes.checks import check_fit, check_levels, check_trainer, check_twin
 from cm_lightning.types import Batch, Denoiser, InputError, LossOutput
 from cm_lightning.weights import Pretrained, check_weights, start_from
 
 __all__ = ["ConsistencyModule", "radam", "radam_cm"]
-
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-"""Precisions in which weights, noise levels and losses stay fp32."""
 
 
 def radam(parameters: Any) -> Optimizer:
@@ -248,28 +245,8 @@ class ConsistencyModule(L.LightningModule):
             check_fit(self.denoiser, data.image_shape, data.num_classes)
         if self.stage is not None:
             self.objective.distance.prepare(None if data is None else data.image_shape)
-            grid = self.objective.discretization
-            levels = [getattr(part, "sigma_min", 0) for part in (grid, self.denoiser)]
-            if all(levels) and levels[0] != levels[1]:
-                raise InputError(
-                    f"model.discretization ends at sigma_min {levels[0]:g}, where model.denoiser "
-                    f"with sigma_min {levels[1]:g} is not the identity: give both one value."
-                )
-        if self.trainer.precision not in PRECISIONS:
-            raise InputError(
-                f"trainer.precision must be one of {', '.join(PRECISIONS)}, got "
-                f"{self.trainer.precision}."
-            )
-        strategy = self.trainer.strategy
-        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
-        if not whole or isinstance(strategy, DeepSpeedStrategy):
-            raise InputError(
-                "trainer.strategy must be auto or ddp, as averages and checkpoints need the whole "
-                f"network on every device; got {type(strategy).__name__}."
-            )
-        device = strategy.root_device
-        if device.type == "mps":
-            raise InputError("Apple's mps device has no float64: use --trainer.accelerator cpu.")
+            check_levels(self.objective.discretization, self.denoiser)
+        check_trainer(self.trainer)
 
     def configure_optimizers(self) -> Optimizer:
         """Build the optimizer over the denoiser's trainable parameters.
@@ -381,50 +358,3 @@ class ConsistencyModule(L.LightningModule):
 def _is_plain(value: Any) -> bool:
     values = value if isinstance(value, (tuple, list)) else (value,)
     return all(isinstance(v, (bool, int, float, str, type(None))) for v in values)
-
-
-def check_twin(denoiser: Denoiser, other: Denoiser, what: str) -> None:
-    """Check that another network takes the images and labels of the trained one.
-
-    Args:
-        denoiser: The trained network.
-        other: The other one.
-        what: What it is and where it lies, for messages.
-
-    Raises:
-        InputError: If shapes or numbers of classes differ.
-    """
-    if other.image_shape != denoiser.image_shape:
-        raise InputError(
-            f"The {what} takes images of shape {other.image_shape} (channels, height, width), "
-            f"model.denoiser takes {denoiser.image_shape}."
-        )
-    if other.num_classes != denoiser.num_classes:
-        raise InputError(
-            f"The {what} knows {other.num_classes} classes, model.denoiser {denoiser.num_classes}."
-        )
-
-
-def check_fit(denoiser: Denoiser, image_shape: tuple[int, int, int], num_classes: int) -> None:
-    """Check that images and labels fit a network.
-
-    Args:
-        denoiser: The network.
-        image_shape: ``(C, H, W)`` of the data.
-        num_classes: Classes of the data, 0 if they are used without labels.
-
-    Raises:
-        InputError: If they do not.
-    """
-    wanted = denoiser.image_shape
-    if wanted is not None and tuple(image_shape) != tuple(wanted):
-        raise InputError(
-            f"The data have images of shape {tuple(image_shape)} (channels, height, width), the "
-            f"network takes {tuple(wanted)}: change data.resolution or the network's "
-            "img_resolution and in_channels."
-        )
-    if denoiser.num_classes != num_classes:
-        raise InputError(
-            f"The data have {num_classes} classes, the network is built for "
-            f"{denoiser.num_classes}: change data.conditional or the network's label_dim."
-        )

@@ -25,7 +25,8 @@ from cm_lightning.objective import (
     Weighting,
 )
 from cm_lightning.optim import GradientGuard, LearningRate
-from cm_lightning.regimes.base import ConsistencyModule, check_twin, radam_cm
+from cm_lightning.regimes.base import ConsistencyModule, radam_cm
+from cm_lightning.regimes.checks import check_twin
 from cm_lightning.types import Batch, Denoiser, InputError, LossOutput
 from cm_lightning.weights import Pretrained, start_from
 

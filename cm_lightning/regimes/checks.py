@@ -1,0 +1,103 @@
+"""What must fit together before a regime is trained."""
+
+from __future__ import annotations
+
+import lightning as L
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+
+from cm_lightning.objective import Discretization
+from cm_lightning.types import Denoiser, InputError
+
+__all__ = ["check_fit", "check_levels", "check_trainer", "check_twin"]
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""Precisions in which weights, noise levels and losses stay fp32."""
+
+
+def check_trainer(trainer: L.Trainer) -> None:
+    """Check precision, strategy and device.
+
+    Args:
+        trainer: The trainer.
+
+    Raises:
+        InputError: If weights would not stay whole and fp32, or levels not float64.
+    """
+    if trainer.precision not in PRECISIONS:
+        raise InputError(
+            f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {trainer.precision}."
+        )
+    strategy = trainer.strategy
+    whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+    if not whole or isinstance(strategy, DeepSpeedStrategy):
+        raise InputError(
+            "trainer.strategy must be auto or ddp, as averages and checkpoints need the whole "
+            f"network on every device; got {type(strategy).__name__}."
+        )
+    if strategy.root_device.type == "mps":
+        raise InputError("Apple's mps device has no float64: use --trainer.accelerator cpu.")
+
+
+def check_levels(grid: Discretization, denoiser: Denoiser) -> None:
+    """Check that a grid ends where the network is the identity.
+
+    Args:
+        grid: The discretization.
+        denoiser: The network.
+
+    Raises:
+        InputError: If both have a ``sigma_min``, and not the same.
+    """
+    ours, its = (getattr(part, "sigma_min", 0) for part in (grid, denoiser))
+    if ours and its and ours != its:
+        raise InputError(
+            f"model.discretization ends at sigma_min {ours:g}, where model.denoiser with sigma_min "
+            f"{its:g} is not the identity: give both one value."
+        )
+
+
+def check_twin(denoiser: Denoiser, other: Denoiser, what: str) -> None:
+    """Check that another network takes the images and labels of the trained one.
+
+    Args:
+        denoiser: The trained network.
+        other: The other one.
+        what: What it is and where it lies, for messages.
+
+    Raises:
+        InputError: If shapes or numbers of classes differ.
+    """
+    if other.image_shape != denoiser.image_shape:
+        raise InputError(
+            f"The {what} takes images of shape {other.image_shape} (channels, height, width), "
+            f"model.denoiser takes {denoiser.image_shape}."
+        )
+    if other.num_classes != denoiser.num_classes:
+        raise InputError(
+            f"The {what} knows {other.num_classes} classes, model.denoiser {denoiser.num_classes}."
+        )
+
+
+def check_fit(denoiser: Denoiser, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    """Check that images and labels fit a network.
+
+    Args:
+        denoiser: The network.
+        image_shape: ``(C, H, W)`` of the data.
+        num_classes: Classes of the data, 0 if they are used without labels.
+
+    Raises:
+        InputError: If they do not.
+    """
+    wanted = denoiser.image_shape
+    if wanted is not None and tuple(image_shape) != tuple(wanted):
+        raise InputError(
+            f"The data have images of shape {tuple(image_shape)} (channels, height, width), the "
+            f"network takes {tuple(wanted)}: change data.resolution or the network's "
+            "img_resolution and in_channels."
+        )
+    if denoiser.num_classes != num_classes:
+        raise InputError(
+            f"The data have {num_classes} classes, the network is built for "
+            f"{denoiser.num_classes}: change data.conditional or the network's label_dim."
+        )
