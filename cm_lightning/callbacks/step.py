@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 
-from cm_lightning.sampling import Sampler
+from cm_lightning.sampling import Sampler, check_phases
 from cm_lightning.types import InputError
 
 __all__ = ["StepCallback", "check_interval", "check_reach", "due", "log_metrics", "step_of"]
@@ -24,7 +24,7 @@ def check_interval(owner: str, every_kimg: float | None) -> None:
 
 
 def check_reach(owner: str, samplers: Sequence[Sampler], module: Any) -> None:
-    """Check that the model is trained where sampling starts.
+    """Check that the model is trained where sampling starts, and in the sampler's phases.
 
     Args:
         owner: Whose samplers they are, ``fid`` or ``samples``.
@@ -32,9 +32,13 @@ def check_reach(owner: str, samplers: Sequence[Sampler], module: Any) -> None:
         module: The module being trained.
 
     Raises:
-        InputError: If a sampler starts above the largest level of the discretization.
+        InputError: If a sampler starts above the largest level of the discretization, or does not
+            follow the model's phases.
     """
-    grid = getattr(getattr(module, "objective", None), "discretization", None)
+    objective = getattr(module, "objective", None)
+    phases = getattr(objective, "phases", None)
+    check_phases(None if phases is None else phases.edges, samplers, f"{owner}.samplers")
+    grid = getattr(objective, "discretization", None)
     largest = getattr(grid, "sigma_max", None)
     for sampler in samplers:
         if largest is not None and sampler.start > largest:

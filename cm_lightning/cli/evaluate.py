@@ -32,6 +32,7 @@ from cm_lightning.sampling import (
     MultistepSampler,
     PhasedSampler,
     Sampler,
+    check_phases,
 )
 from cm_lightning.sigmas import phase_edges
 from cm_lightning.types import Denoiser, InputError
@@ -204,6 +205,7 @@ def run(options: argparse.Namespace) -> None:
     if options.out is None and not source.is_dir():
         raise InputError(f"{source} is a file: give --out.")
     loaded = [load_weights(source, name) for name in options.ema or [None]]
+    check_phases(loaded[0].info.get("phases"), [sampler for _, sampler in named], COMMAND)
     models = {str(found.info["ema"]): found for found in loaded}
     guided = {
         (name, scale): guide(found.denoiser, scale, options)

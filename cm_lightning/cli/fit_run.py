@@ -198,6 +198,9 @@ def export(cli: FitCLI) -> None:
             "data_fingerprint": cli.datamodule.fingerprint,
             "origins": cli.model.origins,
         }
+        phases = getattr(getattr(cli.model, "objective", None), "phases", None)
+        if phases is not None:
+            info["phases"] = list(phases.edges)
         folder = cli.plan.run_dir / "weights" / name
         save_weights(folder, model["init_args"]["denoiser"], weights, info)
         print(f"  weights    {folder}")

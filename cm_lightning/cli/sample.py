@@ -16,6 +16,7 @@ from cm_lightning.sampling import (
     MultistepSampler,
     PhasedSampler,
     Sampler,
+    check_phases,
     draw_images,
 )
 from cm_lightning.sigmas import phase_edges
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--sigmas",
         type=finite,
         nargs="+",
-        help="decreasing noise levels, one network call each [80]",
+        help="decreasing noise levels, one network call each [80, or the phases of the model]",
     )
     add(
         "--phases",
@@ -191,9 +192,13 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"--n and --batch must be 1 or more, got {options.n}, {options.batch}.")
     if options.seed < 0:
         raise InputError(f"--seed must be 0 or more, got {options.seed}.")
-    sampler = choose_sampler(options.sigmas, options.heun, options.phases, options.eta)
     device = choose_device(options.device)
     denoiser, info, _ = load_weights(options.source, options.ema)
+    phases = options.phases
+    if phases is options.sigmas is options.heun is None:
+        phases = info.get("phases")
+    sampler = choose_sampler(options.sigmas, options.heun, phases, options.eta)
+    check_phases(info.get("phases"), [sampler], COMMAND)
     labels = choose_labels(options.labels, denoiser.num_classes, options.n)
     models = guided(denoiser, options)
     single = [f"{i:06d}.png" for i in range(options.n)]

@@ -157,6 +157,10 @@ def write(loaded: Loaded, source: Path, out: Path, layout: str = "safetensors") 
     denoiser, info, config = loaded
     info = {key: value for key, value in info.items() if key not in ("format", "version")}
     if layout == "diffusers":
+        if len(info.get("phases") or []) > 2:
+            raise InputError(
+                f"{source} is trained in phases, which no pipeline of diffusers follows."
+            )
         write_diffusers(out, config, denoiser.state_dict())
         use = "from diffusers import ConsistencyModelPipeline\n\n" + DIFFUSERS_USE
         files = "model_index.json, unet, scheduler"
@@ -224,6 +228,8 @@ def model_card(
         f"| data, SHA-256 | {info.get('data_fingerprint') or 'unknown'} |",
     ]
     lines += [line.replace("  ", "| ", 1) + " |" for line in _rows(denoiser)]
+    if info.get("phases"):
+        lines.append(f"| phases (edges) | {', '.join(f'{edge:g}' for edge in info['phases'])} |")
     for role, origin in (info.get("origins") or {}).items():
         lines.append(f"| {role} | {origin.get('path')}, SHA-256 {origin.get('sha256')} |")
     own = [(key, value) for key, value in measured.items() if f"/{info.get('ema')}/" in key]

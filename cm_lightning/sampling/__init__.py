@@ -11,6 +11,7 @@ from cm_lightning.sampling.samplers import (
     MultistepSampler,
     PhasedSampler,
     Sampler,
+    check_phases,
     check_samplers,
 )
 
@@ -22,6 +23,7 @@ __all__ = [
     "MultistepSampler",
     "PhasedSampler",
     "Sampler",
+    "check_phases",
     "check_samplers",
     "check_sigmas",
     "draw_images",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isclose
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ __all__ = [
     "MultistepSampler",
     "PhasedSampler",
     "Sampler",
+    "check_phases",
     "check_samplers",
 ]
 
@@ -238,3 +240,31 @@ def check_samplers(samplers: Sequence[Sampler]) -> None:
         raise InputError("samplers is empty: give at least one sampler.")
     if len(set(names)) < len(names):
         raise InputError(f"samplers must differ in their number of network calls, got {names}.")
+
+
+def check_phases(edges: Sequence[float] | None, samplers: Sequence[Sampler], owner: str) -> None:
+    """Check that a model trained in two phases or more is sampled by its own edges.
+
+    It goes to the lower end of a level's phase and not to 0: what multistep sampling or other edges
+    draw is no image.
+
+    Args:
+        edges: Edges of the model's phases, ``None`` without phases, where any sampler will do.
+        samplers: The samplers.
+        owner: Whose samplers they are, for messages.
+
+    Raises:
+        InputError: If one does not have these edges (relative tolerance 1e-4).
+    """
+    if edges is None or len(edges) == 2:
+        return
+    for sampler in samplers:
+        its = sampler.edges if isinstance(sampler, PhasedSampler) else ()
+        pairs = zip(its, edges, strict=False)
+        if len(its) != len(edges) or not all(isclose(*pair, rel_tol=1e-4) for pair in pairs):
+            text = ", ".join(f"{edge:g}" for edge in edges)
+            raise InputError(
+                f"The model is trained in phases with the edges {text}, and {owner} would draw it "
+                f"by {sampler}: only PhasedSampler with these edges (--phases of cm-sample and "
+                "cm-eval) follows them."
+            )

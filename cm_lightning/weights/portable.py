@@ -41,6 +41,7 @@ _INFO = {
     "kimg?": float,
     "data_fingerprint?": str,
     "licence?": str,
+    "phases?": [float],
     "origins?": {...: {"path?": str, "sha256?": str, "licence?": str, "origins?": dict}},
 }
 """What is known of weights, in config.json and run.json."""
@@ -65,8 +66,8 @@ class Loaded(NamedTuple):
 
     Attributes:
         denoiser: In eval mode, on the CPU.
-        info: ``regime``, ``ema``, ``kimg``, ``data_fingerprint``, and ``origins`` or ``licence``
-            where they are known.
+        info: ``regime``, ``ema``, ``kimg``, ``data_fingerprint``, and ``origins``, ``licence`` or
+            the edges of ``phases`` where they are known.
         config: ``class_path`` and ``init_args`` that build the denoiser.
     """
 
@@ -272,8 +273,10 @@ def _load_folder(folder: Path, ema: str | None) -> Loaded:
 
 def _load_checkpoint(path: Path, config_path: Path, ema: str | None) -> Loaded:
     config = read_mapping(config_path, "config")
-    check_form(config, {"model": {"init_args": {"denoiser": dict}}}, str(config_path))
+    form = {"denoiser": dict, "phases?": {"edges": [float]}}
+    check_form(config, {"model": {"init_args": form}}, str(config_path))
     description = config["model"]["init_args"]["denoiser"]
+    phases = config["model"]["init_args"].get("phases")
     denoiser = build_denoiser(description, str(config_path))
     checkpoint = read_checkpoint(path)
     prefix = "denoiser."
@@ -300,6 +303,8 @@ def _load_checkpoint(path: Path, config_path: Path, ema: str | None) -> Loaded:
         "data_fingerprint": state["data"],
         "origins": dict(record.get("origins") or {}),
     }
+    if phases is not None:
+        info["phases"] = phases["edges"]
     return Loaded(denoiser.eval(), info, description)
 
 

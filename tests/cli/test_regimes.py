@@ -254,7 +254,7 @@ def test_check_of_sct_leaves_the_cache_alone(train, tmp_path, monkeypatch):
     assert list((tmp_path / "home").rglob("nearest*.npy"))
 
 
-def test_training_and_evaluation_in_phases(train, tmp_path):
+def test_training_and_evaluation_in_phases(train, program, tmp_path):
     edges = "[0, 2.515, 80]"
     sampler = f"[{{class_path: PhasedSampler, init_args: {{edges: {edges}, eta: 0.9}}}}]"
     words = [
@@ -272,7 +272,32 @@ def test_training_and_evaluation_in_phases(train, tmp_path):
         f"fd_digits66/{name}/phased_nfe2_eta0.9"
         for name in ("ema_0.9", "ema_halflife0.3k", "ema_std0.100")
     }
-    for bad, message in (("[0, 3, 2]", "edges must increase"), ("[1, 2]", "start at 0")):
+    weights = run / "weights" / "ema_0.9"
+    assert json.loads((weights / "config.json").read_text())["phases"] == [0, 2.515, 80]
+    drawn = []
+    for number, words in enumerate(
+        [[run], [weights], [run, "--phases", 2], [run, "--eta", 0.5], [weights, "--eta", 0.5]]
+    ):
+        out = tmp_path / str(number)
+        done = program("cm-sample", *words, "--n", 3, "--npz", "--out", out)
+        assert done.code == 0, done.err
+        assert "2 network calls each" in done.out
+        drawn.append((out / "samples.npz").read_bytes())
+    assert drawn[0] == drawn[1] != drawn[3] == drawn[4]
+    words = ["--format", "diffusers", "--out", tmp_path / "bad"]
+    done = program("cm-weights", "export", weights, *words)
+    assert done.code == 2
+    assert "trained in phases" in done.err
+    for wrong in (["--sigmas", 80], ["--phases", 4], ["--heun", 3]):
+        for words in (["cm-sample", weights, "--out", tmp_path / "bad"], ["cm-eval", run]):
+            done = program(*words, *wrong, "--n", 3)
+            assert done.code == 2
+            assert "trained in phases with the edges 0, 2.515, 80" in done.err
+    for bad, message in (
+        ("[0, 3, 2]", "edges must increase"),
+        ("[1, 2]", "start at 0"),
+        (edges, "fid.samplers would draw it by MultistepSampler"),
+    ):
         done = train("sct", tmp_path / "bad", "--model.phases.edges", bad)
         assert done.code == 2
         assert message in done.err
