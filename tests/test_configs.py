@@ -117,7 +117,15 @@ def starting(path: Path, config: dict, words: list[str], folder: Path) -> list[s
     return [f"--model.{key}.path={run}" for key in named]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+SLOW = {f"{regime}_imagenet64" for regime in ("cd", "ct", "ect", "gc", "ict")}
+"""Configs trained in the slow tests alone: their regimes are trained on the other data sets."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] if path.stem in SLOW else []) for path in CONFIGS],
+    ids=lambda path: path.stem,
+)
 def test_config_trains_two_steps_evaluates_and_samples(path, tmp_path, monkeypatch, capsys):
     config = yaml.safe_load(path.read_text())
     regime = config["model"]["class_path"].lower()

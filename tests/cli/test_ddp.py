@@ -61,8 +61,8 @@ def assert_same_runs(one, two):
     ("regime", "options"),
     [
         ("ect", []),
-        ("gc", ["--model.coupling.dropout=true"]),
-        ("sct", ["--model.references.n=30"]),
+        pytest.param("gc", ["--model.coupling.dropout=true"], marks=pytest.mark.slow),
+        pytest.param("sct", ["--model.references.n=30"], marks=pytest.mark.slow),
         ("sct", [*GATHERED, "--data.micro_batch=64"]),
     ],
 )

@@ -375,6 +375,7 @@ def test_the_start_says_what_memory_it_takes(fit, tmp_path):
     assert out["true"] != out["false"]
 
 
+@pytest.mark.slow
 def test_a_compiled_run_resumes_samples_and_exports_as_any_other(
     fit, program, tmp_path, monkeypatch
 ):

@@ -75,6 +75,7 @@ def test_a_streak_stops_the_run_and_names_the_last_good_checkpoint(fit, tmp_path
     assert f"the last good checkpoint: {good}." in done.err
 
 
+@pytest.mark.slow
 def test_a_return_skips_the_batches_and_is_repeatable(fit, tmp_path, bad_batches):
     straight = [*LONG, "--model.gradients.stop_after", 3, "--model.gradients.returns", 1]
     bad_batches(1500, 2700)  # the streak is seen at 2560, the last checkpoint is at 1280

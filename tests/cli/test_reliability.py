@@ -101,7 +101,9 @@ def test_damaged_checkpoints_alone_are_no_fresh_start(fit, tmp_path):
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("SIGINT", marks=pytest.mark.slow), "SIGTERM", "SIGUSR1"]
+)
 def test_a_signal_writes_a_checkpoint_and_the_run_continues(fit, straight, tmp_path, name):
     run = tmp_path / "run"
     process = start(run, tmp_path)

@@ -256,7 +256,7 @@ def test_a_failing_run_stops_the_study_with_its_message(study, program, tmp_path
     assert "--jobs must be 1 or more" in program("cm-study", path, "--jobs", 0).err
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", [pytest.param("SIGINT", marks=pytest.mark.slow), "SIGTERM"])
 def test_a_study_that_is_stopped_stops_its_runs(name, study, tmp_path):
     options = {"model.total_kimg": 64, "fid.every_kimg": None, "samples.every_kimg": 100}
     path = study(tune=None, options=options, arms={"ect": None}, questions={})
@@ -282,6 +282,7 @@ def test_a_study_that_is_stopped_stops_its_runs(name, study, tmp_path):
     assert subprocess.run(["pgrep", "-f", str(out)], check=False).returncode == 1  # nothing runs on
 
 
+@pytest.mark.slow
 def test_first_runs_shares_evaluations_and_times(study, program, tmp_path):
     """A teacher first; an arm of another with a share of its lengths; scores by cm-eval."""
     out = tmp_path / "out"
@@ -355,6 +356,7 @@ def test_first_runs_shares_evaluations_and_times(study, program, tmp_path):
     assert program("cm-compare", out, out / "start", "--out", page).code == 2
 
 
+@pytest.mark.slow
 def test_a_search_alone_and_its_result(study, program, tmp_path):
     """--search prints the search and trains nothing else; chosen values are not searched again."""
     out = tmp_path / "out"

@@ -31,6 +31,7 @@ def test_refuses_other_images(shape):
         FashionFeatures()(torch.zeros(shape, dtype=torch.uint8))
 
 
+@pytest.mark.slow
 def test_its_training_learns_and_repeats():
     """On digits, enlarged: the images it is made for are not everywhere."""
     images, labels = digit_images()

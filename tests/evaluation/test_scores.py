@@ -95,6 +95,7 @@ def test_scores_equal_torch_fidelity(weights, sets):
     assert ours["is"] > 1.001
 
 
+@pytest.mark.slow
 def test_other_preprocessing_would_not(weights, sets):
     """torchmetrics' default resize, and float inputs in [0, 1], give other features."""
     real, _ = sets

@@ -88,7 +88,12 @@ class Gaussian(torch.utils.data.IterableDataset):
 
 
 @pytest.mark.parametrize(
-    ("stage", "distance"), [(0, SquaredL2()), (0, PseudoHuber(3.0)), (1, SquaredL2())]
+    ("stage", "distance"),
+    [
+        pytest.param(0, SquaredL2(), marks=pytest.mark.slow),
+        (0, PseudoHuber(3.0)),
+        (1, SquaredL2()),
+    ],
 )
 def test_training_converges_to_the_stage(stage, distance):
     mapping = ECTMapping(q=2 ** (stage + 1))
