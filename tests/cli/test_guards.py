@@ -75,12 +75,13 @@ def test_a_streak_stops_the_run_and_names_the_last_good_checkpoint(fit, tmp_path
     assert f"the last good checkpoint: {good}." in done.err
 
 
-@pytest.mark.slow
-def test_a_return_skips_the_batches_and_is_repeatable(fit, tmp_path, bad_batches):
-    straight = [*LONG, "--model.gradients.stop_after", 3, "--model.gradients.returns", 1]
+ONE_RETURN = [*LONG, "--model.gradients.stop_after", 3, "--model.gradients.returns", 1]
+
+
+def test_a_return_skips_the_batches(fit, tmp_path, bad_batches):
     bad_batches(1500, 2700)  # the streak is seen at 2560, the last checkpoint is at 1280
     run = tmp_path / "run"
-    done = fit(run, *straight)
+    done = fit(run, *ONE_RETURN)
     assert done.code == 0, done.err
     assert "back to" in done.out
     assert "return 1 of 1; the 1.28 kimg since are skipped" in done.out
@@ -89,19 +90,23 @@ def test_a_return_skips_the_batches_and_is_repeatable(fit, tmp_path, bad_batches
     rows = read_metrics(run / "metrics.csv")
     kimg = [row["kimg"] for row in rows]
     assert kimg == sorted(kimg)
-    # killed after the return: the same end
-    other = tmp_path / "other"
-    assert fit(other, *straight, "--trainer.max_steps", 70).code == 0
-    assert fit(other, *straight).code == 0
-    again = load(other / "checkpoints" / "nimg000000006400.ckpt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [35, 70])  # the return is after 40
+def test_a_run_stopped_before_or_after_a_return_ends_as_any_other(
+    fit, tmp_path, bad_batches, steps
+):
+    bad_batches(1500, 2700)
+    assert fit(tmp_path / "whole", *ONE_RETURN).code == 0
+    assert fit(tmp_path / "halves", *ONE_RETURN, "--trainer.max_steps", steps).code == 0
+    assert fit(tmp_path / "halves", *ONE_RETURN).code == 0
+    whole, halves = (
+        load(tmp_path / name / "checkpoints" / "nimg000000006400.ckpt")
+        for name in ("whole", "halves")
+    )
     for key in ("state_dict", "optimizer_states", "callbacks", "cm_lightning"):
-        assert_same(final[key], again[key], key)
-    # and killed before it: the return happens again
-    third = tmp_path / "third"
-    assert fit(third, *straight, "--trainer.max_steps", 35).code == 0
-    assert fit(third, *straight).code == 0
-    again = load(third / "checkpoints" / "nimg000000006400.ckpt")
-    assert_same(final["state_dict"], again["state_dict"], "state_dict")
+        assert_same(whole[key], halves[key], key)
 
 
 def test_returns_are_limited(fit, tmp_path, bad_batches):

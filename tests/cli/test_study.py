@@ -282,7 +282,6 @@ def test_a_study_that_is_stopped_stops_its_runs(name, study, tmp_path):
     assert subprocess.run(["pgrep", "-f", str(out)], check=False).returncode == 1  # nothing runs on
 
 
-@pytest.mark.slow
 def test_first_runs_shares_evaluations_and_times(study, program, tmp_path):
     """A teacher first; an arm of another with a share of its lengths; scores by cm-eval."""
     out = tmp_path / "out"
