@@ -155,14 +155,20 @@ class WandbOptions:
             raise InputError(f"wandb.timeout must be positive, got {self.timeout}.")
 
 
+_PUBLIC = ("api.wandb.ai", "api.forge.coreweave.com")
+"""Names of W&B's own server; `wandb login` writes the second since version 0.31."""
+
+
 def has_wandb_key() -> bool:
     """Whether W&B could log in without asking: a key in the environment or in the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname or _PUBLIC[0]
+    hosts = _PUBLIC if host in _PUBLIC else (host,)
     path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     try:
-        return netrc.netrc(path).authenticators(host) is not None
+        found = netrc.netrc(path)
+        return any(found.authenticators(host) is not None for host in hosts)
     except (OSError, netrc.NetrcParseError):
         return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ def _private_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("CM_HOME", str(tmp_path_factory.getbasetemp() / "cm_home"))
     monkeypatch.setenv("CM_OFFLINE", "1")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    yield
+    if "wandb" in sys.modules:  # it reads the environment once
+        sys.modules["wandb"].teardown()
 
 
 @pytest.fixture

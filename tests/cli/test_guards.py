@@ -14,7 +14,7 @@ import time
 import pytest
 
 from cm_lightning.evaluation import read_metrics
-from cm_lightning.loggers import KimgWandbLogger
+from cm_lightning.loggers import KimgWandbLogger, has_wandb_key
 from cm_lightning.regimes import ECT
 from tests.cli.conftest import ROOT, TINY
 from tests.cli.test_fit import assert_same, load
@@ -271,6 +271,28 @@ def test_a_wandb_server_that_hangs_is_given_up(fit, tmp_path, monkeypatch):
     for path in run.rglob("*"):
         assert not path.is_file() or key.encode() not in path.read_bytes(), path
     listener.close()
+
+
+@pytest.mark.parametrize(
+    ("machine", "server", "found"),
+    [
+        ("api.wandb.ai", None, True),
+        ("api.forge.coreweave.com", None, True),
+        ("api.wandb.ai", "https://api.forge.coreweave.com", True),
+        ("example.org", None, False),
+        ("example.org", "https://example.org:8080", True),
+        ("api.wandb.ai", "https://example.org", False),
+    ],
+)
+def test_keys_of_wandb_in_the_netrc_file(machine, server, found, tmp_path, monkeypatch):
+    file = tmp_path / "netrc"
+    file.write_text(f"machine {machine}\n login user\n password {'a' * 40}\n")
+    file.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(file))
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    if server is not None:
+        monkeypatch.setenv("WANDB_BASE_URL", server)
+    assert has_wandb_key() == found
 
 
 def test_a_wandb_server_that_hangs_at_the_end_is_left(fit, tmp_path, monkeypatch):
