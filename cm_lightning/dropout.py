@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cm_lightning.transfer import send
+
 __all__ = ["Dropout", "DropoutKey", "LabelDropout", "shared_dropout"]
 
 
@@ -111,7 +113,7 @@ def shared_dropout(network: nn.Module, key: DropoutKey, device: torch.device) ->
         table = np.empty((len(layers), 3), np.int32)
         table[:, :2] = words.view(np.int32).reshape(-1, 2)
         table[:, 2] = key.start
-        for layer, row in zip(layers, torch.from_numpy(table).to(device), strict=True):
+        for layer, row in zip(layers, send(torch.from_numpy(table), device), strict=True):
             layer.key = row
     accelerators = [] if device.type == "cpu" else [device]
     kind = "cuda" if device.type == "cpu" else device.type

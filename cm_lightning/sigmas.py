@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cm_lightning.transfer import constant
 from cm_lightning.types import InputError
 
 __all__ = ["check_edges", "karras_sigmas", "phase_edges", "segments"]
@@ -91,7 +92,7 @@ def segments(sigma: Tensor, edges: Sequence[float]) -> Tensor:
         sigma: Noise levels, ``(B,)``.
         edges: Increasing edges, two or more.
     """
-    inner = torch.tensor(edges[1:-1], dtype=torch.float64, device=sigma.device)
+    inner = constant(tuple(edges[1:-1]), torch.float64, sigma.device)
     return torch.bucketize(sigma.double() / (1 + _ABOVE), inner)
 
 

@@ -54,12 +54,14 @@ class References(NamedTuple):
             counted twice.
         nearest: Distance from each image of the *batch* to its nearest other reference (a lower
             bound of it), ``(B,)``, or ``None`` if it is not known.
+        squares: Squared norms of the images as floats, ``(M,)``, or ``None`` to compute them.
     """
 
     images: Tensor
     labels: Tensor | None
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
     nearest: Tensor | None = None
+    squares: Tensor | None = None
 
 
 class Batch(NamedTuple):

@@ -2,12 +2,14 @@
 
 No GPU is needed: torch's fake tensors have a device and a shape but no values, and an operation
 on fake tensors of two devices fails as it would on a GPU. Autograd's engine and random generators
-need a real device, so gradients are made up and noise is drawn without a generator.
+need a real device, so gradients are made up and noise is drawn without a generator. Copies from
+the host that are not told to go on by themselves are counted: they would wait for a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 
 import lightning as L
 import pytest
@@ -15,14 +17,21 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _pop_mode,
+)
+from torch.utils._pytree import tree_leaves
 
 from cm_lightning.callbacks import DiagnosticsCallback, EMACallback
-from cm_lightning.data import Digits, ImageDataModule, module
+from cm_lightning.data import Digits, EDMAugment, ImageDataModule, module
 from cm_lightning.ema import ConstantEMA, HalfLifeEMA, PowerEMA
 from cm_lightning.evaluation import DigitsFeatures, to_uint8
 from cm_lightning.evaluation.frechet import FrechetDistance
+from cm_lightning.networks import EDMPrecond, SongUNet
 from cm_lightning.objective import Draw
+from cm_lightning.regimes import Diffusion
 from cm_lightning.sampling import (
     EulerSampler,
     GuidedDenoiser,
@@ -32,7 +41,8 @@ from cm_lightning.sampling import (
     draw_images,
     samplers,
 )
-from tests.regimes.test_waiting import REGIMES, network
+from cm_lightning.transfer import constant
+from tests.regimes.test_waiting import KIMG, REGIMES, network
 
 CUDA = torch.device("cuda:0")
 
@@ -46,6 +56,40 @@ class Devices(L.Callback):
         tensors = [*pl_module.parameters(), *(value["exp_avg"] for value in state)]
         tensors += [value for average in averages.values() for value in average.values()]
         self.found = {value.device for value in tensors}
+
+
+class Copies(TorchDispatchMode):
+    """Names what copies from the CPU to the device and waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        name = function._schema.name.removeprefix("aten::")
+        given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        moved = [a for a in given if a.device.type == "cpu" and a.ndim]
+        made = [a for a in tree_leaves(out) if isinstance(a, torch.Tensor)]
+        goes_on = kwargs.get("non_blocking") or (name == "copy_" and True in args[2:])
+        if moved and not goes_on and any(a.device == CUDA for a in (*given, *made)):
+            self.found[name] += 1
+        return out
+
+
+class Watch(L.Callback):
+    """Counts copies of all steps but the first, which may set things up."""
+
+    def __init__(self) -> None:
+        self.copies = Copies()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 2:  # two micro-batches are a step
+            self.copies.__enter__()
+
+    def on_train_end(self, trainer, pl_module):
+        self.copies.__exit__(None, None, None)
 
 
 class NoAccelerator(CPUAccelerator):
@@ -75,9 +119,12 @@ def gpu(monkeypatch):
         return owner
 
     monkeypatch.setattr(torch.nn.Module, "_apply", move)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.random, "fork_rng", lambda **_: contextlib.nullcontext())
     monkeypatch.setattr(Draw, "generator", lambda draw: None)
+    constant.cache_clear()
     yield mode
+    constant.cache_clear()
     while _get_current_dispatch_mode() is not None:
         _pop_mode()
 
@@ -112,6 +159,7 @@ def train(mode, monkeypatch, trained, data) -> L.Trainer:
             EMACallback([ConstantEMA(0.9), HalfLifeEMA(), PowerEMA(0.1)]),
             DiagnosticsCallback(every_kimg=100),
             Devices(),
+            Watch(),
         ],
         logger=False,
         enable_checkpointing=False,
@@ -130,11 +178,20 @@ def train(mode, monkeypatch, trained, data) -> L.Trainer:
     return trainer
 
 
+def augmented(path):
+    backbone = SongUNet(8, 1, 1, augment_dim=9, model_channels=16, channel_mult=[1], num_blocks=1)
+    return Diffusion(EDMPrecond(backbone), KIMG, augment=EDMAugment())
+
+
+RUNS = REGIMES | {"diffusion, augmented": augmented}
+
+
 @pytest.mark.parametrize("resident", [False, True])
-@pytest.mark.parametrize("name", REGIMES)
+@pytest.mark.parametrize("name", RUNS)
 def test_a_training_step(name, resident, gpu, monkeypatch, tmp_path):
-    trained = REGIMES[name](tmp_path / "teacher")
+    trained = RUNS[name](tmp_path / "teacher")
     kind = {"global_batch": 16, "micro_batch": 8, "flip": True, "cache": str(tmp_path)}
+    kind |= {"conditional": "augmented" not in name}
     data = ImageDataModule(Digits(), **kind)
     if resident:
         data.prepare_data()
@@ -145,6 +202,7 @@ def test_a_training_step(name, resident, gpu, monkeypatch, tmp_path):
     trainer = train(gpu, monkeypatch, trained, data)
     assert trainer.global_step == 4
     assert next(c for c in trainer.callbacks if isinstance(c, Devices)).found == {CUDA}
+    assert next(c for c in trainer.callbacks if isinstance(c, Watch)).copies.found == {}
 
 
 def test_a_tensor_left_behind_is_found(gpu, monkeypatch, tmp_path):

@@ -25,6 +25,7 @@ from cm_lightning.bench.common import (
 from cm_lightning.bench.store import add_store, make_store
 from cm_lightning.cli.study_report import table
 from cm_lightning.data import ImageStore, ReferenceBank, ReferenceSet, to_float
+from cm_lightning.data.references import prepare
 from cm_lightning.objective import (
     Draw,
     ECTMapping,
@@ -45,7 +46,7 @@ def references(options: argparse.Namespace) -> str:
     """What SCT's posterior mean costs against the rest of a training step, by number of references.
 
     Args:
-        options: ``network``, ``batch``, ``sizes``, ``repeats``, ``device``, ``seed``.
+        options: ``network``, ``batch``, ``sizes``, ``labels``, ``repeats``, ``device``, ``seed``.
 
     Returns:
         A Markdown table: milliseconds as median (smallest-largest), and the median ratio of
@@ -53,7 +54,7 @@ def references(options: argparse.Namespace) -> str:
     """
     device = torch.device(options.device)
     torch.manual_seed(options.seed)
-    network = build_network(options.network).to(device)
+    network = build_network(options.network, options.labels or 0).to(device)
     shape, n = image_shape(network), options.batch
     x0 = torch.randint(0, 256, (n, *shape), dtype=torch.uint8, device=device) / 127.5 - 1
     optimizer = torch.optim.RAdam(network.parameters(), lr=1e-4)
@@ -70,11 +71,13 @@ def references(options: argparse.Namespace) -> str:
         optimizer.zero_grad()
 
     rows = []
+    labels = torch.arange(n, device=device) % options.labels if options.labels else None
     plain = Batch(x0, None, device_index)
     for size in options.sizes:
         images = torch.randint(0, 256, (size, *shape), dtype=torch.uint8, device=device)
-        bank = References(images, None, torch.arange(size, device=device) + n)
-        batch = plain._replace(references=bank)
+        classes = None if labels is None else torch.arange(size, device=device) % options.labels
+        bank = prepare(References(images, classes, torch.arange(size, device=device) + n))
+        batch = plain._replace(references=bank, labels=labels)
         t, _ = mapping.sample(n, 0, device, torch.Generator(device).manual_seed(0))
         x_t = x0 + t.to(x0.dtype)[:, None, None, None] * torch.randn_like(x0)
 
@@ -163,6 +166,7 @@ def _references_options(add: Callable[..., Any]) -> None:
     add("--network", choices=NETWORKS, default="small")
     add("--sizes", type=int, nargs="+", default=[64, 256, 1024, 4096])
     add("--batch", type=int, default=64)
+    add("--labels", type=int, help="classes, of which each row uses its own [no classes]")
     add_device(add, repeats=20)
 
 

@@ -20,7 +20,7 @@ class MemoryEstimate(NamedTuple):
 
     Attributes:
         state: Weights, gradients, optimizer, averages and the other networks.
-        images: Those of the data set that stay on the device.
+        images: Those of the data set that stay on the device, references among them.
         activations: What a forward pass over one micro-batch keeps for the backward pass.
         micro_batch: Images of a micro-batch.
     """
@@ -91,8 +91,9 @@ def estimate_memory(trainer: L.Trainer, pl_module: Any) -> MemoryEstimate | None
     state += sum(_size(network) for network in pl_module.networks)
     batch = data.plan(trainer.world_size).micro_batch
     one, two = (kept_bytes(denoiser, n, trainer.precision_plugin.forward_context()) for n in (1, 2))
-    held = data.store.images.nbytes if data.resident else 0
-    return MemoryEstimate(state, held, max(2 * one - two, 0) + (two - one) * batch, batch)
+    return MemoryEstimate(
+        state, data.held_bytes, max(2 * one - two, 0) + (two - one) * batch, batch
+    )
 
 
 def _size(network: nn.Module) -> int:

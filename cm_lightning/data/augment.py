@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cm_lightning.transfer import constant
 from cm_lightning.types import InputError
 
 __all__ = ["EDMAugment"]
@@ -97,10 +98,7 @@ class EDMAugment:
         inverse = inverse @ _rotation(-axis) @ _linear(longer, 1 / longer) @ _rotation(axis)
         inverse = inverse @ _translation(-2 * _TRANSLATE * shift)
         changed = (scale != 0) | (angle != 0) | (stretch != 0) | (shift != 0).any(1)
-        rows = changed.nonzero()[:, 0]
-        if len(rows):
-            images = images.clone()
-            images[rows] = _warp(images[rows], inverse[rows])
+        images = _warp_changed(images, inverse, changed)
         labels = torch.stack(
             [
                 mirror,
@@ -138,6 +136,22 @@ def _translation(shift: Tensor) -> Tensor:
     return _matrix([[one, zero, shift[:, 0]], [zero, one, shift[:, 1]], [zero, zero, one]])
 
 
+def _warp_changed(images: Tensor, inverse: Tensor, changed: Tensor) -> Tensor:
+    """Resample the rows of images that are ``changed``, ``(B,)`` bool."""
+    if not _picks_rows(images.device):
+        return torch.where(changed[:, None, None, None], _warp(images, inverse), images)
+    rows = changed.nonzero()[:, 0]
+    if len(rows):
+        images = images.clone()
+        images[rows] = _warp(images[rows], inverse[rows])
+    return images
+
+
+def _picks_rows(device: torch.device) -> bool:
+    """Whether to save work on rows that stay; on a GPU, to know them is to wait for it."""
+    return device.type == "cpu"
+
+
 def _warp(images: Tensor, inverse: Tensor) -> Tensor:
     """Resample images ``(B, C, H, H)`` by maps ``(B, 3, 3)`` from output to input places."""
     margin = images.shape[-1] - 1
@@ -154,7 +168,7 @@ def _warp(images: Tensor, inverse: Tensor) -> Tensor:
 def _enlarge(x: Tensor) -> Tensor:
     """Twice as many columns: the transpose of :func:`_reduce`."""
     lines = x.reshape(-1, 1, x.shape[-1])
-    kernel = torch.tensor(SYM6, dtype=x.dtype, device=x.device)[None, None]
+    kernel = constant(SYM6, x.dtype, x.device)[None, None]
     longer = functional.conv_transpose1d(lines, kernel, stride=2)
     return longer[..., 5 : 5 + 2 * x.shape[-1]].reshape(*x.shape[:-1], -1)
 
@@ -162,5 +176,5 @@ def _enlarge(x: Tensor) -> Tensor:
 def _reduce(x: Tensor) -> Tensor:
     """Half as many columns, through the low-pass filter."""
     lines = functional.pad(x.reshape(-1, 1, x.shape[-1]), [5, 5])
-    kernel = torch.tensor(SYM6, dtype=x.dtype, device=x.device)[None, None]
+    kernel = constant(SYM6, x.dtype, x.device)[None, None]
     return functional.conv1d(lines, kernel, stride=2).reshape(*x.shape[:-1], -1)

@@ -255,6 +255,12 @@ class ImageDataModule(L.LightningDataModule):
                 self.store, conditional, self.flip, device, keep=not self._trial
             )
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of images that stay on the device: all where ``resident``, and references."""
+        held = self.store.images.nbytes if self.resident else 0
+        return held + (0 if self._bank is None else self._bank.nbytes)
+
     def all_references(self, batch: Batch) -> References | None:
         """Every image of a batch's classes, for exact posterior means.
 

@@ -19,10 +19,11 @@ from torch import Tensor
 from cm_lightning.data.store import ImageStore, to_float
 from cm_lightning.types import InputError, References
 
-__all__ = ["WHOLE", "ReferenceBank", "ReferenceSet", "nearest_distances"]
+__all__ = ["WHOLE", "ReferenceBank", "ReferenceSet", "nearest_distances", "prepare"]
 
 WHOLE = 1 << 31
-"""Bytes up to which all classes stay on the device together; beyond, classes are fetched."""
+"""Bytes up to which all classes stay on the device together, and up to which they stay as floats;
+beyond, classes are fetched, and images stay grey levels."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,14 @@ class ReferenceBank:
         large = self.members is not None and self.store.images.nbytes > WHOLE
         return self.spec.n is not None or large
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device of the one set for all batches, 0 where there is none."""
+        if self.fetched:
+            return 0
+        levels = int(self.store.images[0].nbytes) * self.size
+        return levels if 4 * levels > WHOLE else 4 * levels
+
     def __call__(
         self, labels: Tensor | None, nimg: int, device: torch.device, images: Tensor | None = None
     ) -> References:
@@ -116,7 +125,7 @@ class ReferenceBank:
         """
         if not self.fetched:
             if self._whole is None or self._whole.images.device != device:
-                self._whole = self._take(np.arange(self.size), device, images)
+                self._whole = prepare(self._take(np.arange(self.size), device, images))
             return self._whole
         return self._take(self.choose(labels, nimg), device, images)
 
@@ -189,6 +198,18 @@ class ReferenceBank:
             assert self.store.labels is not None
             labels = torch.from_numpy(self.store.labels[places]).to(device)
         return References(self._mirror(pixels, where), labels, where)
+
+
+def prepare(references: References) -> References:
+    """The same as floats with their squared norms, which then are not made at every step.
+
+    Args:
+        references: As grey levels; returned as they are if they would be larger than :data:`WHOLE`.
+    """
+    if 4 * references.images.nbytes > WHOLE:
+        return references
+    images = to_float(references.images)
+    return references._replace(images=images, squares=images.flatten(1).square().sum(1))
 
 
 def nearest_distances(

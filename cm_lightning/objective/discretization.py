@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cm_lightning.sigmas import karras_sigmas, segments
+from cm_lightning.transfer import constant
 from cm_lightning.types import InputError
 
 __all__ = [
@@ -66,7 +67,7 @@ class LogNormal:
             device: Where to draw.
             generator: Source of randomness on that device.
         """
-        inner = torch.tensor(edges[1:-1], dtype=torch.float64, device=device).log()
+        inner = constant(tuple(edges[1:-1]), torch.float64, device).log()
         below = torch.special.ndtr((inner - self.p_mean) / self.p_std)
         below = torch.cat([below.new_zeros(1), below, below.new_ones(1)])
         place = torch.rand(n, device=device, generator=generator, dtype=torch.float64)

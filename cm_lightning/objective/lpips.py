@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from cm_lightning.files import find_weights, read_weights
 from cm_lightning.objective.distance import Distance
+from cm_lightning.transfer import constant
 from cm_lightning.types import InputError
 
 __all__ = ["LPIPS"]
@@ -87,8 +88,8 @@ def _prepare(images: Tensor) -> Tensor:
     """From [-1, 1] to ImageNet's normalisation, at least 224 pixels wide."""
     if images.shape[-1] < 256:
         images = functional.interpolate(images, size=(224, 224), mode="bilinear")
-    mean = images.new_tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-    std = images.new_tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    mean = constant((0.485, 0.456, 0.406), images.dtype, images.device).view(3, 1, 1)
+    std = constant((0.229, 0.224, 0.225), images.dtype, images.device).view(3, 1, 1)
     return ((images.expand(-1, 3, -1, -1) + 1) / 2 - mean) / std
 
 

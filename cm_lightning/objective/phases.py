@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cm_lightning.sigmas import check_edges, segments
+from cm_lightning.transfer import constant
 from cm_lightning.types import expand
 
 __all__ = ["Phases", "jump"]
@@ -59,5 +60,5 @@ class Phases:
 
     def end(self, t: Tensor) -> Tensor:
         """Lower edge s of the segment of each level, ``(B,)`` float64."""
-        edges = torch.tensor(self.edges, dtype=torch.float64, device=t.device)
+        edges = constant(tuple(self.edges), torch.float64, t.device)
         return edges[segments(t, self.edges)]

@@ -2,6 +2,7 @@ r"""Estimates of the posterior mean :math:`E[x_0 \mid x_t]`, in which regimes di
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -194,12 +195,17 @@ class ReferenceMean(PosteriorMean):
         )
         block = (1 << 21 if x.device.type == "cpu" else 1 << 28) // (4 * x.shape[1])
         chunk = self.chunk or max(block, 1)
+        # processors are ten times slower where exp underflows; the smallest weight counts for
+        # nothing beside that of the nearest reference, 1
+        least = math.log(torch.finfo(dtype).tiny) + 1
         for start in range(0, len(references.images), chunk):
             part = slice(start, start + chunk)
             y = references.images[part].flatten(1)
             y = y.to(dtype).div_(127.5).sub_(1) if y.dtype == torch.uint8 else y.to(dtype)
+            known = references.squares
+            squares = y.square().sum(1) if known is None else known[part].to(dtype)
             # |x|^2 is the same for all references and leaves the soft-max alone
-            logits = torch.addmm(y.square().sum(1), x, y.T, beta=-1, alpha=2).double()
+            logits = torch.addmm(squares, x, y.T, beta=-1, alpha=2).double()
             logits *= inverse[:, None]
             hidden = batch.index[:, None] == references.index[part]
             if references.labels is not None:
@@ -209,7 +215,7 @@ class ReferenceMean(PosteriorMean):
             top = logits.amax(1)
             # where all are hidden top is -inf, and a finite number in its place gives weights 0
             logits -= top.clamp_min(torch.finfo(top.dtype).min)[:, None]
-            weights = logits.to(dtype).exp_()
+            weights = logits.clamp_min_(least).to(dtype).exp_()
             total = merge_sums(
                 total,
                 ReferenceSums(top, weights.sum(1), weights.square().sum(1), weights @ y),

@@ -8,7 +8,7 @@ import pytest
 import pywt
 import torch
 
-from cm_lightning.data import EDMAugment
+from cm_lightning.data import EDMAugment, augment
 from cm_lightning.data.augment import SYM6, _enlarge, _linear, _reduce, _rotation, _warp
 from cm_lightning.types import InputError
 
@@ -141,6 +141,20 @@ def test_frequencies_and_laws_of_the_labels():
     assert float(drawn.std()) == pytest.approx(1, abs=0.03)
     angle = torch.atan2(labels[:, 4], labels[:, 3] + 1)[labels[:, 4] != 0]
     assert float(angle.abs().mean()) == pytest.approx(math.pi / 2, abs=0.05)
+
+
+def test_all_rows_resampled_as_on_a_gpu_give_the_same_images(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    u, w = torch.rand(32, 9, generator=generator), torch.randn(32, 4, generator=generator)
+    images = torch.randn(32, 3, 8, 8, generator=generator)
+    picked, labels = EDMAugment(0.3)(images, u, w)
+    monkeypatch.setattr(augment, "_picks_rows", lambda device: False)
+    whole, same = EDMAugment(0.3)(images, u, w)
+    torch.testing.assert_close(picked, whole, atol=1e-6, rtol=0)
+    assert torch.equal(labels, same)
+    still = (labels[:, 2:] == 0).all(1)
+    assert 0 < int(still.sum()) < 32
+    assert torch.equal(picked[still], whole[still])
 
 
 def test_range():
