@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cm_lightning.dropout import Dropout, LabelDropout
-from cm_lightning.networks.layers import Recomputable
+from cm_lightning.networks.layers import Recomputable, split_heads
 from cm_lightning.networks.preconditioning import EDMPrecond
 from cm_lightning.networks.songunet import check_counts, check_images, check_sizes
 from cm_lightning.types import InputError
@@ -156,7 +156,7 @@ class EDM2Block(Recomputable):
         batch, channels, height, width = qkv.shape
         size = channels // (3 * self.heads)
         split = unit_rms(qkv.reshape(batch, self.heads, size, 3, height * width), dim=(2,))
-        q, k, v = (part.transpose(-1, -2) for part in split.unbind(3))
+        q, k, v = split_heads(split)
         if self.kind == "sdpa":
             out = functional.scaled_dot_product_attention(q, k, v)
         else:

@@ -24,6 +24,7 @@ __all__ = [
     "PositionalEmbedding",
     "Recomputable",
     "UNetBlock",
+    "split_heads",
 ]
 
 Init = tuple[Literal["xavier_uniform", "kaiming_uniform", "kaiming_normal"], float, float]
@@ -274,8 +275,7 @@ class UNetBlock(Recomputable):
         batch, channels, height, width = qkv.shape
         size = channels // (3 * self.heads)
         # channel = head * (3 * size) + c * 3 + {q, k, v}
-        split = qkv.reshape(batch, self.heads, size, 3, height * width)
-        q, k, v = (part.transpose(-1, -2) for part in split.unbind(3))
+        q, k, v = split_heads(qkv.reshape(batch, self.heads, size, 3, height * width))
         if self.attention == "sdpa":
             out = functional.scaled_dot_product_attention(q, k, v)
         else:
@@ -285,6 +285,19 @@ class UNetBlock(Recomputable):
                 weights = scores.softmax(-1).to(v.dtype)
             out = weights @ v
         return out.transpose(-1, -2).reshape(batch, channels // 3, height, width)
+
+
+def split_heads(joined: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as fused attention wants them, each value in one place of memory.
+
+    Args:
+        joined: ``(B, heads, size, 3, positions)``.
+
+    Returns:
+        Three tensors ``(B, heads, positions, size)``.
+    """
+    q, k, v = joined.permute(3, 0, 1, 4, 2).contiguous().unbind()
+    return q, k, v
 
 
 class PositionalEmbedding(nn.Module):

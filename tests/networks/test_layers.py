@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cm_lightning.networks import ADMUNet, SongUNet
+from cm_lightning.networks import ADMUNet, EDM2UNet, SongUNet
 from cm_lightning.networks.layers import Conv, UNetBlock
 
 SIZES = {"model_channels": 64, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8]}
@@ -102,6 +102,24 @@ def test_both_attentions_are_the_formula_in_double_precision(heads):
     for attention in ("sdpa", "math"):
         got = block(heads, attention)._attend(qkv)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", [SongUNet, ADMUNet, EDM2UNet])
+def test_fused_kernels_take_queries_keys_and_values_as_they_are(kind, layout, monkeypatch):
+    """They want the values of a position side by side; torch falls back to slow ones silently."""
+    network = kind(8, 3, 3, **SIZES).to(memory_format=layout)
+    seen = []
+    real = functional.scaled_dot_product_attention
+
+    def attend(*parts):
+        seen.extend(part.stride(-1) for part in parts)
+        return real(*parts)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attend)
+    network(torch.randn(2, 3, 8, 8).to(memory_format=layout), torch.zeros(2), None)
+    assert seen
+    assert set(seen) == {1}
 
 
 def test_math_softmax_is_fp32_under_autocast():
