@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study-digits study-fashion test lint types unit test-slow bench bench-gpu format clean
+.PHONY: help setup demo study-digits study-fashion test lint types unit test-slow test-gpu bench bench-gpu format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -43,10 +43,14 @@ types: $(READY)  ## static types
 	$(BIN)/mypy
 
 unit: $(READY)  ## the fast tests, one process per core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+		-m "not slow and not gpu"
 
 test-slow: $(READY)  ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist load -m "slow"
+
+test-gpu: $(READY)  ## what a CUDA device alone can show: speed changes no result, no step waits
+	$(BIN)/python -m pytest -m "gpu"
 
 study-digits: $(READY)  ## every regime on digits, three seeds, with intervals (an hour on 2 cores)
 	$(BIN)/cm-study configs/studies/digits8.yaml --jobs 2

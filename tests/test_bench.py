@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from cm_lightning import bench
-from cm_lightning.bench import common, parts, step
+from cm_lightning.bench import common, parts, posterior, step
 from cm_lightning.data import Resize, write_store
 from cm_lightning.evaluation.digits import digit_images
 from cm_lightning.networks import EDMPrecond, SongUNet
 from cm_lightning.objective import ReferenceMean
+from tests import toys
 
 
 def test_sides_alternate():
@@ -100,15 +101,46 @@ def rows(out: str) -> list[list[str]]:
 
 def test_step(capsys):
     words = ["step", "--batch", "4", "--repeats", "2", "--images", "16", "--checkpointing"]
-    bench.main([*words, "--regimes", "ect", "sct", "ict", "gc", "ct", "diffusion"])
+    bench.main([*words, "--regimes", *step.PASSES])
     out = capsys.readouterr().out
     found = rows(out)
-    assert [row[0] for row in found] == ["ect", "sct", "ict", "gc", "ct", "diffusion"]
+    assert [row[0] for row in found] == list(step.PASSES)
+    assert set(step.PASSES) == set(toys.REGIMES)
     assert "748,737 parameters" in out
     for row in found:
         assert 0.05 < float(row[5]) < 20
     bench.main([*words, "--regimes", "ect", "--precisions", "bf16-mixed"])
     assert rows(capsys.readouterr().out)[0][:3] == ["ect", "bf16-mixed", "no"]
+
+
+def test_a_row_that_runs_out_of_memory_leaves_the_others(capsys, monkeypatch):
+    real = step.time_steps
+
+    def full(settings, *others):
+        if settings.regime == "sct":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(settings, *others)
+
+    monkeypatch.setattr(step, "time_steps", full)
+    words = ["step", "--batch", "4", "--repeats", "1", "--images", "16"]
+    bench.main([*words, "--regimes", "sct", "ect"])
+    found = rows(capsys.readouterr().out)
+    assert [row[3] == "out of memory" for row in found] == [True, False]
+
+
+def test_out_of_memory_elsewhere_is_a_sentence(capsys, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(posterior.ReferenceMean, "__call__", full)
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["references", "--sizes", "4", "--batch", "4", "--repeats", "1"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert (
+        "not enough memory for this (Tried to allocate 2.00 GiB): take a smaller --batch." in error
+    )
+    assert "Traceback" not in error
 
 
 def test_steps_take_turns_and_the_other_side_is_not_ours():

@@ -98,17 +98,25 @@ def forward_flops(network: Denoiser) -> float:
     return float(counter.get_total_flops())
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+def matmul_rate(
+    device: torch.device, dtype: torch.dtype, size: int | None = None, tf32: bool = False
+) -> float:
     """Operations per second of a large matrix product, the best of a few.
 
     Args:
         device: Where.
         dtype: Type of both factors.
         size: Rows and columns; 8192 on a GPU and 1024 on a CPU unless given.
+        tf32: Whether a GPU may round fp32 factors to 10 bits of mantissa.
     """
     size = size or (8192 if device.type == "cuda" else 1024)
     a = torch.randn(size, size, device=device, dtype=dtype)
-    (seconds,) = alternate([lambda: a @ a], 10, device)
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, tf32
+    try:
+        (seconds,) = alternate([lambda: a @ a], 10, device)
+    finally:
+        matmul.allow_tf32 = before
     return 2 * size**3 / min(seconds)
 
 

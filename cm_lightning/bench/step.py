@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import tempfile
 import time
@@ -36,16 +37,18 @@ from cm_lightning.cli.study_report import table
 from cm_lightning.data import ImageDataModule, Store
 from cm_lightning.networks import ConsistencyPrecond, Precond
 from cm_lightning.objective import L2, ECTMapping
-from cm_lightning.regimes import CT, ECT, GC, ICT, SCT, ConsistencyModule, Diffusion
+from cm_lightning.regimes import CD, CT, ECT, GC, ICT, SCT, ConsistencyModule, Diffusion
 from cm_lightning.regimes.base import radam
 from cm_lightning.types import Denoiser
+from cm_lightning.weights import Pretrained
+from cm_lightning.weights.portable import Loaded
 
 __all__ = ["BENCHMARKS", "Settings", "time_steps"]
 
 KIMG = 10_000.0
 """Where ECT's schedule stands: stage 3 of 8, where targets are evaluated for nearly all pairs."""
 
-PASSES = {"diffusion": 3, "ect": 4, "sct": 4, "ict": 4, "ct": 4, "gc": 5}
+PASSES = {"diffusion": 3, "ect": 4, "sct": 4, "cd": 6, "ict": 4, "ct": 4, "gc": 5}
 """Forward passes' worth of operations per step; a backward pass counts as two."""
 
 
@@ -70,6 +73,18 @@ class Settings:
     checkpointing: bool = False
 
 
+@dataclass(frozen=True)
+class GivenTeacher(Pretrained):
+    """A teacher that is there already, of random weights: its steps take as long as others."""
+
+    network: Denoiser | None = None
+
+    def load(self) -> Loaded:
+        """The network."""
+        assert self.network is not None
+        return Loaded(self.network, {"regime": "Diffusion"}, {})
+
+
 def build_regime(name: str, network: Denoiser, batch: int) -> ConsistencyModule:
     """A regime around a network, in the middle of its schedule.
 
@@ -78,13 +93,15 @@ def build_regime(name: str, network: Denoiser, batch: int) -> ConsistencyModule:
         network: The network.
         batch: Images per step, which divide where the schedule stands.
     """
-    if name in ("ct", "ict", "gc"):
+    teacher = GivenTeacher(".", network=copy.deepcopy(network))
+    if name in ("cd", "ct", "ict", "gc"):
         assert isinstance(network, Precond)
         network = ConsistencyPrecond(network.backbone)
     makers: dict[str, Callable[[Denoiser], ConsistencyModule]] = {
         "diffusion": lambda n: Diffusion(n, 25600, optimizer=radam),
         "ect": lambda n: ECT(n, 25600, discretization=ECTMapping()),
         "sct": lambda n: SCT(n, 25600, discretization=ECTMapping(), distance=L2()),
+        "cd": lambda n: CD(n, teacher, 25600, distance=L2()),
         "ict": lambda n: ICT(n, 25600),
         "ct": lambda n: CT(n, 25600, distance=L2()),
         "gc": lambda n: GC(n, 25600),
@@ -198,7 +215,7 @@ def step(options: argparse.Namespace) -> str:
         folder, shape = Path(place) / "store", image_shape(network)
         make_store(folder, (max(options.images, options.batch), *shape), 10)
         for precision in options.precisions:
-            rate = matmul_rate(device, kinds[precision])
+            rate = matmul_rate(device, kinds[precision], tf32=options.tf32)
             for compile in sorted({word == "yes" for word in options.compile}):
                 for regime in options.regimes:
                     settings = Settings(
@@ -210,7 +227,12 @@ def step(options: argparse.Namespace) -> str:
                         options.checkpointing,
                     )
                     network = build_network(options.network)
-                    ours, theirs, peak = time_steps(settings, network, options, folder)
+                    try:
+                        ours, theirs, peak = time_steps(settings, network, options, folder)
+                    except torch.OutOfMemoryError:
+                        row = [regime, precision, "yes" if compile else "no", "out of memory"]
+                        rows.append(row + [""] * 6)
+                        continue
                     done = flops * PASSES[regime] * options.batch / median(ours)
                     rows.append(
                         [

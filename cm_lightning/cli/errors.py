@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -67,6 +68,10 @@ def about_machine(error: Exception) -> str | None:
     """The sentence about a file or memory that the machine refused, ``None`` for other errors."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename} cannot be read or written: {error.strerror or error}."
+    if isinstance(error, torch.OutOfMemoryError):
+        found = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
+        size = f" ({found[0]})" if found else ""
+        return f"The device has not enough memory for this{size}: take a smaller --batch."
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         found = re.search(r"tried to allocate \d+ bytes|Unable to allocate [^.\n]+", str(error))
         return f"There is not enough memory for this{f': {found[0]}' if found else ''}."

@@ -44,13 +44,17 @@ def network(kind: str = "song"):
     return EDMPrecond({"song": SongUNet, "adm": ADMUNet}[kind](**small))
 
 
-def run(kind="song", regime=ECT, precision="32-true", micro_batch=None, **settings):
-    """Losses, weights and averages of 20 steps."""
+def run(
+    kind="song", regime=ECT, precision="32-true", micro_batch=None, accelerator="cpu", **settings
+):
+    """Losses, weights and averages of 20 steps; eager and fp32 unless told otherwise."""
+    settings = {"compile": False, "channels_last": False} | settings
     mapping = ECTMapping(kimg_per_stage=0.08, stages=4)  # a stage lasts 5 steps
     module = regime(network(kind), STEPS * 16 / 1000, discretization=mapping)
     averages, losses = EMACallback([ConstantEMA(0.9)]), Losses()
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
+        devices=1,
         precision=precision,
         max_epochs=-1,
         callbacks=[averages, losses, PerformanceCallback(**settings)],
@@ -62,8 +66,9 @@ def run(kind="song", regime=ECT, precision="32-true", micro_batch=None, **settin
     )
     trainer.fit(module, ImageDataModule(Digits(), 16, micro_batch))
     assert len(losses.found) == STEPS
-    weights = {name: p.detach().clone() for name, p in module.denoiser.state_dict().items()}
-    return torch.tensor(losses.found), weights, averages.averages["ema_0.9"]
+    weights = {name: p.detach().cpu() for name, p in module.denoiser.state_dict().items()}
+    average = {name: p.cpu() for name, p in averages.averages["ema_0.9"].items()}
+    return torch.tensor(losses.found), weights, average
 
 
 def check(plain, other, loss: float, weight: float) -> None:
@@ -107,6 +112,21 @@ def test_a_compiled_graph_takes_the_same_twenty_steps(plain, monkeypatch):
 def test_compiled_code_takes_the_same_twenty_steps(plain, precision):
     compiled = run(compile=True, precision=precision, checkpointing=precision != "32-true")
     check(plain, compiled, *((1e-4, 1e-3) if precision == "32-true" else (5e-2, 2e-2)))
+
+
+ON_A_GPU = MODES | {
+    "compiled": ({"compile": True, "channels_last": True}, 1e-4, 1e-3),
+    "compiled, bf16": ({"compile": True, "precision": "bf16-mixed"}, 5e-2, 2e-2),
+    "tf32": ({"tf32": True}, 1e-2, 5e-3),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ON_A_GPU)
+@pytest.mark.parametrize("kind", ["song", "adm", "edm2"])
+def test_twenty_steps_on_a_gpu_are_those_of_eager_fp32(kind, mode):
+    settings, loss, weight = ON_A_GPU[mode]
+    check(run(kind, accelerator="gpu"), run(kind, accelerator="gpu", **settings), loss, weight)
 
 
 @pytest.mark.parametrize("kind", ["adm", "edm2"])

@@ -60,7 +60,7 @@ def assert_same_runs(one, two):
 @pytest.mark.parametrize(
     ("regime", "options"),
     [
-        ("ect", []),
+        pytest.param("ect", [], marks=pytest.mark.slow),
         pytest.param("gc", ["--model.coupling.dropout=true"], marks=pytest.mark.slow),
         pytest.param("sct", ["--model.references.n=30"], marks=pytest.mark.slow),
         ("sct", [*GATHERED, "--data.micro_batch=64"]),

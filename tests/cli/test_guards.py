@@ -178,7 +178,7 @@ def test_a_torn_row_of_the_metrics_is_dropped(fit, tmp_path):
     assert [row["kimg"] for row in read_metrics(run / "metrics.csv")].count(0.25) == 0
 
 
-@pytest.mark.parametrize("size", [0.5, 1.5])
+@pytest.mark.parametrize("size", [pytest.param(0.5, marks=pytest.mark.slow), 1.5])
 def test_files_that_cannot_grow(fit, tmp_path, size):
     """The system limits the size of files: logs and grids are left out, checkpoints are told."""
     run = tmp_path / "run"

@@ -102,7 +102,8 @@ def test_damaged_checkpoints_alone_are_no_fresh_start(fit, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("SIGINT", marks=pytest.mark.slow), "SIGTERM", "SIGUSR1"]
+    "name",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGUSR1")), "SIGTERM"],
 )
 def test_a_signal_writes_a_checkpoint_and_the_run_continues(fit, straight, tmp_path, name):
     run = tmp_path / "run"

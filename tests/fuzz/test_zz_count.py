@@ -14,6 +14,7 @@ from tests.fuzz.harness import ROOT, snapshot, workplace
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_there_are_at_least_200_malformed_inputs():
     """Cases of the fast part; those that are generated try many inputs each."""
     words = ["--collect-only", "-q", "-m", "not slow", "-p", "no:xdist", str(HERE)]

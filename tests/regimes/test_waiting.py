@@ -107,22 +107,27 @@ REGIMES = {
 }
 
 
-def looks(module, monkeypatch, **data) -> Counter:
-    watch = Watch(monkeypatch)
+def train(module, callbacks, accelerator, **data) -> None:
+    """Four steps."""
     averages = EMACallback([ConstantEMA(0.9), HalfLifeEMA(), PowerEMA(0.1)])
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
+        devices=1,
         max_epochs=-1,
         max_steps=4,
-        callbacks=[watch, averages, DiagnosticsCallback(every_kimg=100)],
+        callbacks=[*callbacks, averages, DiagnosticsCallback(every_kimg=100)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    data = ImageDataModule(Digits(), global_batch=32, flip=True, **data)
-    trainer.fit(module, data)
+    trainer.fit(module, ImageDataModule(Digits(), global_batch=32, flip=True, **data))
+
+
+def looks(module, monkeypatch, **data) -> Counter:
+    watch = Watch(monkeypatch)
+    train(module, [watch], "cpu", **data)
     return watch.looks.found
 
 
@@ -136,6 +141,24 @@ def test_a_step_waits_for_nothing(name, tmp_path, monkeypatch):
     # random references are chosen by the loader, which may look at labels: in another process
     workers = int("random" in name)
     assert looks(module, monkeypatch, resident=True, num_workers=workers) == {}
+
+
+class Waits(L.Callback):
+    """Makes the second and third step fail where the host would wait for the GPU."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        torch.cuda.set_sync_debug_mode("error" if batch_idx in (1, 2) else "default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", REGIMES)
+def test_a_step_on_a_gpu_waits_for_nothing(name, tmp_path):
+    module = REGIMES[name](tmp_path / "teacher")
+    workers = int("random" in name)
+    try:
+        train(module, [Waits()], "gpu", resident=True, num_workers=workers)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_looks_are_seen(monkeypatch):
