@@ -66,10 +66,14 @@ bench: $(READY)  ## the benchmarks, short (a few minutes on 2 cores)
 	  echo "== $$what"; $(BIN)/python -m cm_lightning.bench $$what || exit 1; echo; \
 	done
 
-bench-gpu: $(READY)  ## the training step on a GPU: DDPM++ at 32x32, batches 128 and 512
+bench-gpu: $(READY)  ## the training step on a GPU: DDPM++ at 32x32, batches 128 and 512; ADM, EDM2-S at 64x64
 	@for batch in 128 512; do \
-	  $(BIN)/python -m cm_lightning.bench step --network ddpmpp --batch $$batch --images 50000 \
+	  $(BIN)/python -m cm_lightning.bench step --network ddpmpp --batch $$batch --images 50000 --repeats 5 \
 	    --regimes ect sct --precisions 32-true bf16-mixed --compile no yes --device cuda || exit 1; \
+	done
+	@for network in adm edm2_s; do \
+	  $(BIN)/python -m cm_lightning.bench step --network $$network --batch 64 --repeats 5 \
+	    --regimes ect --precisions bf16-mixed --compile yes --device cuda || exit 1; \
 	done
 
 format: $(READY)  ## rewrite the code in the project's style

@@ -123,6 +123,16 @@ def test_the_loader_fetches_subsets_ahead(store, tmp_path):
                 assert (x is None and y is None) or torch.equal(x, y)
 
 
+@pytest.mark.parametrize("resident", [False, True])
+def test_what_stays_on_the_device_is_counted(store, resident):
+    data = ImageDataModule(Store(str(store.path)), global_batch=6, resident=resident, flip=True)
+    data.setup()
+    images = store.images.nbytes
+    assert data.held_bytes == images * resident
+    data.use_references(ReferenceSet(), skip=False)
+    assert data.held_bytes == images * (resident + 2 * 4)  # mirrored ones too, as floats
+
+
 def test_mirrored_images_count_on(store):
     references = bank(store, flip=True)(torch.tensor([0]), 0, CPU)
     assert references.index.tolist() == list(range(60))
