@@ -71,6 +71,7 @@ def test_a_regime_never_imports_a_regime():
     ("module", "heavy"),
     [
         ("cm_lightning", ("torch", "lightning")),
+        ("cm_lightning.cli.help", ("torch", "lightning")),
         ("cm_lightning.objective", ("lightning", "torchvision", "wandb")),
         ("cm_lightning.weights", ("lightning", "torchvision", "wandb")),
         ("cm_lightning.sampling", ("lightning", "torchvision", "wandb")),

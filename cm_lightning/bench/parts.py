@@ -249,7 +249,7 @@ def startup(options: argparse.Namespace) -> str:
     Returns:
         A Markdown table: seconds as median (smallest-largest).
     """
-    program = [sys.executable, "-c", "from cm_lightning.cli.fit import main; main()"]
+    program = [sys.executable, "-c", "from cm_lightning.cli.help import main; main()"]
     base = [sys.executable, "-c", "import torch, lightning.pytorch.cli"]
     check = [*program, "--config", options.config, "--check", "--trainer.accelerator", "cpu"]
     ways = {"torch and lightning alone": base, "cm-fit --help": [*program, "--help"]}

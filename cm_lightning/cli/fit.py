@@ -29,7 +29,7 @@ from cm_lightning.callbacks import (
 from cm_lightning.cli.errors import Parser, about_input, about_machine, fail, readable_errors
 from cm_lightning.cli.fit_check import check
 from cm_lightning.cli.fit_run import COMMAND, fit, out_of_memory
-from cm_lightning.cli.help import fit_help
+from cm_lightning.cli.help import fit_help, wants_help
 from cm_lightning.cli.keys import check_keys, misfit
 from cm_lightning.cli.modules import allow_modules
 from cm_lightning.cli.run_dir import RunPlan, plan_run
@@ -231,7 +231,7 @@ def as_config(leaf: Any) -> dict[str, Any]:
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``cm-fit``."""
     argv = sys.argv[1:] if args is None else args
-    if not argv or argv in (["-h"], ["--help"]):
+    if wants_help(argv):
         print(fit_help())
         return
     quiet()

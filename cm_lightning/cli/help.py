@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 import textwrap
+from pathlib import Path
 
-__all__ = ["fit_help"]
+__all__ = ["fit_help", "main", "wants_help"]
 
 _TEXT = """\
 usage: cm-fit --config FILE [--config FILE ...] [--KEY VALUE ...]
@@ -59,18 +61,31 @@ Keys of one class:    cm-fit --model.help ECT      cm-fit --data.source.help IDX
 
 
 def fit_help() -> str:
-    """Help text of ``cm-fit``, with the regimes and their first lines."""
-    from cm_lightning import regimes
-    from cm_lightning.regimes import ConsistencyModule
-
+    """Help text of ``cm-fit``, with the regimes and their first lines, which it reads as text."""
     lines = []
-    for name in regimes.__all__:
-        cls = getattr(regimes, name)
-        if (
-            isinstance(cls, type)
-            and issubclass(cls, ConsistencyModule)
-            and cls is not ConsistencyModule
-        ):
-            first = (sys.modules[cls.__module__].__doc__ or "").splitlines()[0]
-            lines.append(f"{name:<10} {textwrap.shorten(first, 66, placeholder=' ...')}")
+    for path in sorted((Path(__file__).parents[1] / "regimes").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        first = (ast.get_docstring(tree) or "").partition("\n")[0]
+        text = textwrap.shorten(first, 66, placeholder=" ...")
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        lines += [
+            f"{node.name:<10} {text}"
+            for node in classes
+            if "ConsistencyModule" in map(ast.unparse, node.bases)
+        ]
     return _TEXT.replace("{regimes}", ("\n" + " " * 22).join(lines))
+
+
+def wants_help(words: list[str]) -> bool:
+    """Whether the words of a command line ask for the help on one screen, as none do."""
+    return words in ([], ["-h"], ["--help"])
+
+
+def main() -> None:
+    """Entry point of ``cm-fit``, whose help does not wait for torch and Lightning."""
+    if wants_help(sys.argv[1:]):
+        print(fit_help())
+        return
+    from cm_lightning.cli import fit
+
+    fit.main()

@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from cm_lightning.cli import help
 from cm_lightning.dashboard import BY_LEVEL, panel
 from cm_lightning.evaluation.figures import PANELS
 from cm_lightning.regimes import ECT
@@ -248,6 +249,14 @@ def test_help_fits_a_screen_and_names_the_regimes(program):
     assert max(map(len, done.out.splitlines())) <= 100
     for word in ("--config", "--resume", "--check", "--print_config", "ECT", "Diffusion"):
         assert word in done.out
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
+def test_help_comes_before_the_imports(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cm-fit", *words])
+    monkeypatch.setitem(sys.modules, "cm_lightning.cli.fit", None)
+    help.main()
+    assert capsys.readouterr().out == help.fit_help() + "\n"
 
 
 def test_printed_config_is_complete(program):
