@@ -50,7 +50,8 @@ def karras_sigmas(
     ramp = torch.arange(n, dtype=torch.float64, device=device) / (n - 1)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     grid: Tensor = (high + ramp * (low - high)) ** rho
-    grid[0], grid[-1] = sigma_max, sigma_min
+    # slices: a number for a single element would be copied, and wait for a GPU
+    grid[:1], grid[-1:] = sigma_max, sigma_min
     return grid
 
 

@@ -66,11 +66,12 @@ class Copies(TorchDispatchMode):
         self.found: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs, name = kwargs or {}, function._schema.name.removeprefix("aten::")
         out = function(*args, **kwargs)
-        name = function._schema.name.removeprefix("aten::")
         given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
-        moved = [a for a in given if a.device.type == "cpu" and a.ndim]
+        # a single number takes part in arithmetic without a copy
+        copies = name in ("copy_", "_to_copy")
+        moved = [a for a in given if a.device.type == "cpu" and (a.ndim or copies)]
         made = [a for a in tree_leaves(out) if isinstance(a, torch.Tensor)]
         goes_on = kwargs.get("non_blocking") or (name == "copy_" and True in args[2:])
         if moved and not goes_on and any(a.device == CUDA for a in (*given, *made)):
@@ -203,6 +204,22 @@ def test_a_training_step(name, resident, gpu, monkeypatch, tmp_path):
     assert trainer.global_step == 4
     assert next(c for c in trainer.callbacks if isinstance(c, Devices)).found == {CUDA}
     assert next(c for c in trainer.callbacks if isinstance(c, Watch)).copies.found == {}
+
+
+def test_copies_are_seen(gpu):
+    with gpu:
+        there, here = torch.zeros(2, device=CUDA), torch.ones(2)
+        for copy, name in (
+            (lambda: here.to(CUDA), "_to_copy"),
+            (lambda: there.copy_(here), "copy_"),
+            (lambda: there.__setitem__(0, 1.0), "copy_"),
+            (lambda: there.__setitem__(slice(1), 1.0), None),
+            (lambda: here.to(CUDA, non_blocking=True), None),
+            (lambda: there * torch.tensor(2.0), None),
+        ):
+            with Copies() as copies:
+                copy()
+            assert list(copies.found) == ([] if name is None else [name])
 
 
 def test_a_tensor_left_behind_is_found(gpu, monkeypatch, tmp_path):

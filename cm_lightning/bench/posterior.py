@@ -72,12 +72,12 @@ def references(options: argparse.Namespace) -> str:
 
     rows = []
     labels = torch.arange(n, device=device) % options.labels if options.labels else None
-    plain = Batch(x0, None, device_index)
+    plain = Batch(x0, labels, device_index)
     for size in options.sizes:
         images = torch.randint(0, 256, (size, *shape), dtype=torch.uint8, device=device)
         classes = None if labels is None else torch.arange(size, device=device) % options.labels
         bank = prepare(References(images, classes, torch.arange(size, device=device) + n))
-        batch = plain._replace(references=bank, labels=labels)
+        batch = plain._replace(references=bank)
         t, _ = mapping.sample(n, 0, device, torch.Generator(device).manual_seed(0))
         x_t = x0 + t.to(x0.dtype)[:, None, None, None] * torch.randn_like(x0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import sys
 import tempfile
 import time
@@ -93,7 +94,7 @@ def build_regime(name: str, network: Denoiser, batch: int) -> ConsistencyModule:
         network: The network.
         batch: Images per step, which divide where the schedule stands.
     """
-    teacher = GivenTeacher(".", network=copy.deepcopy(network))
+    given = network
     if name in ("cd", "ct", "ict", "gc"):
         assert isinstance(network, Precond)
         network = ConsistencyPrecond(network.backbone)
@@ -101,7 +102,9 @@ def build_regime(name: str, network: Denoiser, batch: int) -> ConsistencyModule:
         "diffusion": lambda n: Diffusion(n, 25600, optimizer=radam),
         "ect": lambda n: ECT(n, 25600, discretization=ECTMapping()),
         "sct": lambda n: SCT(n, 25600, discretization=ECTMapping(), distance=L2()),
-        "cd": lambda n: CD(n, teacher, 25600, distance=L2()),
+        "cd": lambda n: CD(
+            n, GivenTeacher(".", network=copy.deepcopy(given)), 25600, distance=L2()
+        ),
         "ict": lambda n: ICT(n, 25600),
         "ct": lambda n: CT(n, 25600, distance=L2()),
         "gc": lambda n: GC(n, 25600),
@@ -227,11 +230,14 @@ def step(options: argparse.Namespace) -> str:
                         options.checkpointing,
                     )
                     network = build_network(options.network)
+                    gc.collect()  # what a row without memory left behind is no part of the next
+                    torch.cuda.empty_cache()
                     try:
                         ours, theirs, peak = time_steps(settings, network, options, folder)
                     except torch.OutOfMemoryError:
                         row = [regime, precision, "yes" if compile else "no", "out of memory"]
                         rows.append(row + [""] * 6)
+                        print(" | ".join(row), file=sys.stderr, flush=True)
                         continue
                     done = flops * PASSES[regime] * options.batch / median(ours)
                     rows.append(

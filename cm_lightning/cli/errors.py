@@ -71,7 +71,10 @@ def about_machine(error: Exception) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         found = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
         size = f" ({found[0]})" if found else ""
-        return f"The device has not enough memory for this{size}: take a smaller --batch."
+        return (
+            f"The device has not enough memory for this{size}: take a smaller batch (--batch, "
+            "where there is one) or network."
+        )
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         found = re.search(r"tried to allocate \d+ bytes|Unable to allocate [^.\n]+", str(error))
         return f"There is not enough memory for this{f': {found[0]}' if found else ''}."

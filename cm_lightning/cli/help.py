@@ -77,7 +77,7 @@ def fit_help() -> str:
 
 
 def wants_help(words: list[str]) -> bool:
-    """Whether the words of a command line ask for the help on one screen, as none do."""
+    """Whether a command line asks for the help on one screen; an empty one does too."""
     return words in ([], ["-h"], ["--help"])
 
 

@@ -273,9 +273,12 @@ class ImageDataModule(L.LightningDataModule):
         conditional = bool(self.num_classes)
         if not conditional and self.store.images.nbytes * (1 + self.flip) > WHOLE:
             return None
+        if self._bank is not None and not self._bank.fetched:
+            return self._bank(batch.labels, 0, batch.x0.device, self._resident)
         if self._everything is None:
-            spec = ReferenceSet()
-            self._everything = ReferenceBank(self.store, spec, conditional, self.flip, self.seed)
+            self._everything = ReferenceBank(
+                self.store, ReferenceSet(), conditional, self.flip, self.seed, floats=False
+            )
         return self._everything(batch.labels, 0, batch.x0.device, self._resident)
 
     def train_dataloader(self) -> DataLoader[RawBatch]:

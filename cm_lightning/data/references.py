@@ -66,16 +66,24 @@ class ReferenceBank:
         conditional: Whether a row uses its own class only.
         flip: Whether mirrored images belong to the data.
         seed: Seed of random subsets.
+        floats: Whether one set for all batches is kept as floats, ready for use at every step.
 
     Raises:
         InputError: If more references are asked for than there are, or a class has no image.
     """
 
     def __init__(
-        self, store: ImageStore, spec: ReferenceSet, conditional: bool, flip: bool, seed: int
+        self,
+        store: ImageStore,
+        spec: ReferenceSet,
+        conditional: bool,
+        flip: bool,
+        seed: int,
+        floats: bool = True,
     ) -> None:
         self.store, self.spec, self.seed = store, spec, seed
         self.size = len(store) * (2 if flip else 1)
+        self.floats = floats and 4 * self.size * store.images[0].nbytes <= WHOLE
         self.flip = flip
         self.members: list[npt.NDArray[np.int64]] | None = None
         if conditional:
@@ -109,8 +117,7 @@ class ReferenceBank:
         """Bytes on the device of the one set for all batches, 0 where there is none."""
         if self.fetched:
             return 0
-        levels = int(self.store.images[0].nbytes) * self.size
-        return levels if 4 * levels > WHOLE else 4 * levels
+        return int(self.store.images[0].nbytes) * self.size * (4 if self.floats else 1)
 
     def __call__(
         self, labels: Tensor | None, nimg: int, device: torch.device, images: Tensor | None = None
@@ -125,7 +132,8 @@ class ReferenceBank:
         """
         if not self.fetched:
             if self._whole is None or self._whole.images.device != device:
-                self._whole = prepare(self._take(np.arange(self.size), device, images))
+                whole = self._take(np.arange(self.size), device, images)
+                self._whole = prepare(whole) if self.floats else whole
             return self._whole
         return self._take(self.choose(labels, nimg), device, images)
 
@@ -204,12 +212,12 @@ def prepare(references: References) -> References:
     """The same as floats with their squared norms, which then are not made at every step.
 
     Args:
-        references: As grey levels; returned as they are if they would be larger than :data:`WHOLE`.
+        references: As grey levels.
     """
-    if 4 * references.images.nbytes > WHOLE:
-        return references
-    images = to_float(references.images)
-    return references._replace(images=images, squares=images.flatten(1).square().sum(1))
+    images = references.images.to(torch.float32).div_(127.5).sub_(1)  # in place: they may be many
+    parts = torch.split(images, 4096)
+    squares = torch.cat([part.flatten(1).square().sum(1) for part in parts])
+    return references._replace(images=images, squares=squares)
 
 
 def nearest_distances(

@@ -290,8 +290,9 @@ class UNetBlock(Recomputable):
 def split_heads(joined: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values; on a GPU in the layout that its fused kernels take.
 
-    These refuse values of a position that are not side by side, and torch silently takes a slow
-    way. On a CPU it takes the way that is faster for the networks here as they come.
+    These want the values of a position side by side (last stride 1); for others torch silently
+    takes a slow way. On a CPU the parts are left as they come: the copy made ADM faster and DDPM++
+    slower there.
 
     Args:
         joined: ``(B, heads, size, 3, positions)``.

@@ -195,15 +195,16 @@ class ReferenceMean(PosteriorMean):
         )
         block = (1 << 21 if x.device.type == "cpu" else 1 << 28) // (4 * x.shape[1])
         chunk = self.chunk or max(block, 1)
-        # processors are ten times slower where exp underflows; the smallest weight counts for
-        # nothing beside that of the nearest reference, 1
-        least = math.log(torch.finfo(dtype).tiny) + 1
+        # processors are ten times slower where numbers underflow; the smallest weight, that of
+        # hidden references too, is 1e-19: its square does not, and beside the largest, 1, it is 0
+        least = math.log(torch.finfo(dtype).tiny) / 2
         for start in range(0, len(references.images), chunk):
             part = slice(start, start + chunk)
             y = references.images[part].flatten(1)
             y = y.to(dtype).div_(127.5).sub_(1) if y.dtype == torch.uint8 else y.to(dtype)
             known = references.squares
-            squares = y.square().sum(1) if known is None else known[part].to(dtype)
+            exact = known is not None and known.dtype == dtype
+            squares = known[part] if known is not None and exact else y.square().sum(1)
             # |x|^2 is the same for all references and leaves the soft-max alone
             logits = torch.addmm(squares, x, y.T, beta=-1, alpha=2).double()
             logits *= inverse[:, None]
@@ -213,7 +214,7 @@ class ReferenceMean(PosteriorMean):
                 hidden |= batch.labels[:, None] != references.labels[part]
             logits.masked_fill_(hidden, -torch.inf)
             top = logits.amax(1)
-            # where all are hidden top is -inf, and a finite number in its place gives weights 0
+            # where all are hidden top is -inf, and merge_sums counts the chunk as nothing
             logits -= top.clamp_min(torch.finfo(top.dtype).min)[:, None]
             weights = logits.clamp_min_(least).to(dtype).exp_()
             total = merge_sums(
