@@ -242,6 +242,16 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
+SLOW = ", slow on this processor, which has no AVX-512: 32-true may be ten times as fast"
+
+
+def is_slow(device: torch.device, precision: str) -> bool:
+    """Whether a processor computes bf16 products one by one."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    old = x86 and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    return old and device.type == "cpu" and precision.startswith("bf16")
+
+
 def start_summary(trainer: L.Trainer, pl_module: Any, resumed_from: str | None) -> str:
     """What is trained, on what, where the results go and how long it is."""
     data = trainer.datamodule  # type: ignore[attr-defined]
@@ -254,7 +264,8 @@ def start_summary(trainer: L.Trainer, pl_module: Any, resumed_from: str | None) 
         f"{type(pl_module).__name__} with {parameters:,} parameters",
         f"  data      {len(data.store):,} images {shape}{classes}, {data.fingerprint[:16]}",
         f"  length    {pl_module.total_kimg:g} kimg, {steps:,} steps of {data.global_batch} images",
-        f"  device    {device_name(pl_module.device)}; {split}; precision {trainer.precision}",
+        f"  device    {device_name(pl_module.device)}; {split}; precision {trainer.precision}"
+        + (SLOW if is_slow(pl_module.device, str(trainer.precision)) else ""),
         f"  run       {trainer.default_root_dir}",
     ]
     memory = estimate_memory(trainer, pl_module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import platform
 import sys
 
 import pytest
@@ -249,6 +250,20 @@ def test_help_fits_a_screen_and_names_the_regimes(program):
     assert max(map(len, done.out.splitlines())) <= 100
     for word in ("--config", "--resume", "--check", "--print_config", "ECT", "Diffusion"):
         assert word in done.out
+
+
+@pytest.mark.parametrize(
+    ("processor", "precision", "slow"),
+    [("AVX2", "bf16-mixed", True), ("AVX512", "bf16-mixed", False), ("AVX2", "32-true", False)],
+)
+def test_bf16_on_a_processor_without_it_is_called_slow(
+    processor, precision, slow, fit, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    done = fit(tmp_path / "run", "--trainer.max_steps", 1, "--trainer.precision", precision)
+    assert done.code == 0, done.err
+    assert ("slow on this processor" in done.out) == slow
 
 
 @pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
