@@ -383,8 +383,11 @@ def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
 
 def _header_length(file: BinaryIO) -> int:
     file.seek(0)
-    np.lib.format.read_magic(file)
-    np.lib.format.read_array_header_1_0(file)
+    try:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # numpy lets those of Python's parser through
+        raise ValueError(f"images.npy begins with no header ({type(error).__name__})") from error
     return file.tell()
 
 

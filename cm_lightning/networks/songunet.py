@@ -268,12 +268,16 @@ def check_counts(network: str, positive: dict[str, int], optional: dict[str, int
     """Check the integers of a U-Net: those of at least 1, and those that 0 turns off.
 
     Raises:
-        InputError: If one is smaller.
+        InputError: If one is smaller, or ``num_blocks`` larger than 100.
     """
     for least, counts in ((1, positive), (0, optional)):
         for name, value in counts.items():
             if value < least:
                 raise InputError(f"{network}: {name} must be at least {least}, got {value}.")
+    if positive["num_blocks"] > 100:
+        raise InputError(
+            f"{network}: num_blocks must be 100 at most, got {positive['num_blocks']}."
+        )
 
 
 def _check_form(

@@ -266,8 +266,8 @@ def _load_folder(folder: Path, ema: str | None) -> Loaded:
     description = config.pop("denoiser")
     if ema is not None and ema != config.get("ema"):
         raise InputError(f"{folder} holds the weights '{config.get('ema')}', not '{ema}'.")
-    denoiser = build_denoiser(description, str(path))
-    _fill(denoiser, read_weights(folder / "model.safetensors"), str(folder))
+    weights = read_weights(folder / "model.safetensors")
+    denoiser = _filled(description, str(path), weights, str(folder))
     return Loaded(denoiser.eval(), config, description)
 
 
@@ -277,7 +277,6 @@ def _load_checkpoint(path: Path, config_path: Path, ema: str | None) -> Loaded:
     check_form(config, {"model": {"init_args": form}}, str(config_path))
     description = config["model"]["init_args"]["denoiser"]
     phases = config["model"]["init_args"].get("phases")
-    denoiser = build_denoiser(description, str(config_path))
     checkpoint = read_checkpoint(path)
     prefix = "denoiser."
     weights = {
@@ -291,7 +290,7 @@ def _load_checkpoint(path: Path, config_path: Path, ema: str | None) -> Loaded:
         if name not in averages:
             raise InputError(f"{path} has no EMA profile '{name}': it has {['live', *averages]}.")
         weights |= averages[name]
-    _fill(denoiser, weights, str(path))
+    denoiser = _filled(description, str(config_path), weights, str(path))
     state = checkpoint["cm_lightning"]
     record = _record(path.parent.parent)
     total = checkpoint["callbacks"].get("EMACallback", {}).get("total_nimg", 0)
@@ -385,6 +384,23 @@ def check_weights(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], where
             )
 
 
-def _fill(denoiser: Denoiser, tensors: Mapping[str, Tensor], where: str) -> None:
-    check_weights(denoiser.state_dict(), tensors, where)
+def _filled(
+    config: Mapping[str, Any], described: str, tensors: Mapping[str, Tensor], where: str
+) -> Denoiser:
+    """Build a denoiser and give it its weights, after a look at their shapes.
+
+    Args:
+        config: ``class_path`` and ``init_args``.
+        described: The file that they come from, for messages.
+        tensors: The weights.
+        where: The file that these come from, for messages.
+
+    Raises:
+        InputError: If they do not fit, before a network takes memory that no weights are for.
+    """
+    with torch.device("meta"):
+        shapes = build_denoiser(config, described).state_dict()
+    check_weights(shapes, tensors, where)
+    denoiser = build_denoiser(config, described)
     denoiser.load_state_dict(dict(tensors))
+    return denoiser

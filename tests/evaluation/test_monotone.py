@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +21,8 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 def blur(images, labels, strength):
     width = 0.4 * strength * images.shape[-1] / 8
-    return images if not strength else gaussian_blur(images, [7, 7], [width, width])
+    size = 2 * math.ceil(3 * width) + 1
+    return images if not strength else gaussian_blur(images, [size] * 2, [width] * 2)
 
 
 def noise(images, labels, strength):

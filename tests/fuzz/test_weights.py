@@ -63,6 +63,23 @@ def test_damaged_folders_of_weights(weights, run, number, damage, reader):
         ends_well(folder, *commands("weights", run)[reader])
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_blocks", 10**9, "num_blocks must be 100 at most"),
+        ("num_blocks", 50, "is of another network: it lacks"),
+        ("model_channels", 40_000, "is of another network"),
+    ],
+)
+def test_a_network_much_larger_than_its_weights(weights, run, key, value, message):
+    with workplace(weights) as folder:
+        path = folder / "weights" / "config.json"
+        config = json.loads(path.read_text())
+        config["denoiser"]["init_args"]["backbone"]["init_args"][key] = value
+        path.write_text(json.dumps(config))
+        assert message in refused(folder, *commands("weights", run)["sample"])
+
+
 RUN_FILES = ("config.yaml", "run.json", "metrics.csv", "eval/eval.json", "newest", "oldest")
 RUN_READERS = ("sample", "inspect", "export", "phema", "own", "init", "compare", "eval")
 RUN_READERS += ("resume", "continue")
