@@ -266,6 +266,7 @@ def _load_folder(folder: Path, ema: str | None) -> Loaded:
     description = config.pop("denoiser")
     if ema is not None and ema != config.get("ema"):
         raise InputError(f"{folder} holds the weights '{config.get('ema')}', not '{ema}'.")
+    check_class_paths(description, str(path))
     weights = read_weights(folder / "model.safetensors")
     denoiser = _filled(description, str(path), weights, str(folder))
     return Loaded(denoiser.eval(), config, description)
@@ -277,6 +278,7 @@ def _load_checkpoint(path: Path, config_path: Path, ema: str | None) -> Loaded:
     check_form(config, {"model": {"init_args": form}}, str(config_path))
     description = config["model"]["init_args"]["denoiser"]
     phases = config["model"]["init_args"].get("phases")
+    check_class_paths(description, str(config_path))
     checkpoint = read_checkpoint(path)
     prefix = "denoiser."
     weights = {
