@@ -22,10 +22,6 @@ def pytest_collection_modifyitems(items):
         return next((i for i, starting in enumerate(starts) if starting), len(FIRST))
 
     items.sort(key=place)
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
 
 
 @pytest.fixture(autouse=True)

@@ -247,7 +247,7 @@ def startup(options: argparse.Namespace) -> str:
         options: ``config``, ``repeats``.
 
     Returns:
-        A Markdown table: seconds as median (smallest-largest).
+        A Markdown table: milliseconds as median (smallest-largest).
     """
     program = [sys.executable, "-c", "from cm_lightning.cli.help import main; main()"]
     base = [sys.executable, "-c", "import torch, lightning.pytorch.cli"]

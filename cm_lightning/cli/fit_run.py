@@ -79,8 +79,8 @@ def out_of_memory(cli: FitCLI, error: Exception) -> str:
         advice.append("--performance.checkpointing true (about a quarter slower)")
     if cli.datamodule.resident:
         advice.append("--data.resident false")
-    if cli.datamodule.held_bytes > 1 << 28 and "references" in cli.config["model"]["init_args"]:
-        advice.append("--model.references.n 1000 (a random subset at each step)")
+    if cli.datamodule.reference_bytes > 1 << 28:
+        advice.append("--model.references.n N (a random subset at each step)")
     return (
         f"The device's memory is too small for micro-batches of {plan.micro_batch} images: try "
         f"{', '.join(advice) or 'a smaller network'}. torch says: {one_line(error)[:200]}"

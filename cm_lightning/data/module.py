@@ -256,10 +256,14 @@ class ImageDataModule(L.LightningDataModule):
             )
 
     @property
+    def reference_bytes(self) -> int:
+        """Bytes of references that stay on the device for all batches."""
+        return 0 if self._bank is None else self._bank.nbytes
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of images that stay on the device: all where ``resident``, and references."""
-        held = self.store.images.nbytes if self.resident else 0
-        return held + (0 if self._bank is None else self._bank.nbytes)
+        return (self.store.images.nbytes if self.resident else 0) + self.reference_bytes
 
     def all_references(self, batch: Batch) -> References | None:
         """Every image of a batch's classes, for exact posterior means.

@@ -203,8 +203,9 @@ class ReferenceMean(PosteriorMean):
             y = references.images[part].flatten(1)
             y = y.to(dtype).div_(127.5).sub_(1) if y.dtype == torch.uint8 else y.to(dtype)
             known = references.squares
-            exact = known is not None and known.dtype == dtype
-            squares = known[part] if known is not None and exact else y.square().sum(1)
+            squares = (
+                known[part] if known is not None and known.dtype == dtype else y.square().sum(1)
+            )
             # |x|^2 is the same for all references and leaves the soft-max alone
             logits = torch.addmm(squares, x, y.T, beta=-1, alpha=2).double()
             logits *= inverse[:, None]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from cm_lightning.cli import help
 from cm_lightning.dashboard import BY_LEVEL, panel
+from cm_lightning.data import ImageDataModule
 from cm_lightning.evaluation.figures import PANELS
 from cm_lightning.regimes import ECT
 from tests.cli.conftest import ROOT, TINY
@@ -384,7 +385,10 @@ def test_out_of_memory_says_what_to_change(fit, tmp_path, monkeypatch):
         "Tried to allocate 2.00 GiB",
     ):
         assert words in done.err
+    assert "references" not in done.err
     assert fit(tmp_path / "run", "--check").code == 1
+    monkeypatch.setattr(ImageDataModule, "reference_bytes", 1 << 30)
+    assert "--model.references.n N" in fit(tmp_path / "run").err
     done = fit(tmp_path / "other", "--data.micro_batch", 1, "--performance.checkpointing", "true")
     assert "checkpointing" not in done.err
     assert "--data.micro_batch" not in done.err
