@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cm_lightning.callbacks.run_record import device_name, versions
+from cm_lightning.callbacks.processor import device_name
+from cm_lightning.callbacks.run_record import versions
 from cm_lightning.networks import ADMUNet, EDM2Precond, EDM2UNet, EDMPrecond, SongUNet
 from cm_lightning.types import Denoiser
 

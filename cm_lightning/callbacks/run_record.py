@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 
 from cm_lightning.callbacks.checkpoints import checkpoints_of
 from cm_lightning.callbacks.fid import FIDCallback
 from cm_lightning.callbacks.memory import estimate_memory
+from cm_lightning.callbacks.processor import device_name, slow_because
 from cm_lightning.callbacks.samples import SamplesCallback
 from cm_lightning.loggers import KimgWandbLogger, MetricsCSV
 from cm_lightning.types import InputError
@@ -235,23 +235,6 @@ def git_state() -> dict[str, Any] | None:
     return {"commit": commit, "changed": bool(changes)}
 
 
-def device_name(device: torch.device) -> str:
-    """Name of a GPU, or the number of CPU threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
-
-
-SLOW = ", slow on this processor, which has no AVX-512: 32-true may be ten times as fast"
-
-
-def is_slow(device: torch.device, precision: str) -> bool:
-    """Whether a processor computes bf16 products one by one."""
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    old = x86 and torch.backends.cpu.get_cpu_capability() != "AVX512"
-    return old and device.type == "cpu" and precision.startswith("bf16")
-
-
 def start_summary(trainer: L.Trainer, pl_module: Any, resumed_from: str | None) -> str:
     """What is trained, on what, where the results go and how long it is."""
     data = trainer.datamodule  # type: ignore[attr-defined]
@@ -264,8 +247,8 @@ def start_summary(trainer: L.Trainer, pl_module: Any, resumed_from: str | None) 
         f"{type(pl_module).__name__} with {parameters:,} parameters",
         f"  data      {len(data.store):,} images {shape}{classes}, {data.fingerprint[:16]}",
         f"  length    {pl_module.total_kimg:g} kimg, {steps:,} steps of {data.global_batch} images",
-        f"  device    {device_name(pl_module.device)}; {split}; precision {trainer.precision}"
-        + (SLOW if is_slow(pl_module.device, str(trainer.precision)) else ""),
+        f"  device    {device_name(pl_module.device)}; {split}; precision {trainer.precision}",
+        *(f"  slow      {why}" for why in slow_because(pl_module.device, str(trainer.precision))),
         f"  run       {trainer.default_root_dir}",
     ]
     memory = estimate_memory(trainer, pl_module)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cm_lightning.callbacks.run_record import device_name, versions, write_text
+from cm_lightning.callbacks.processor import device_name
+from cm_lightning.callbacks.run_record import versions, write_text
 from cm_lightning.cli.study_report import table
 from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.sampling import Sampler

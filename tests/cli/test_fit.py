@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import platform
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from cm_lightning.callbacks import run_record
 from cm_lightning.cli import help
 from cm_lightning.dashboard import BY_LEVEL, panel
 from cm_lightning.data import ImageDataModule
@@ -253,18 +253,11 @@ def test_help_fits_a_screen_and_names_the_regimes(program):
         assert word in done.out
 
 
-@pytest.mark.parametrize(
-    ("processor", "precision", "slow"),
-    [("AVX2", "bf16-mixed", True), ("AVX512", "bf16-mixed", False), ("AVX2", "32-true", False)],
-)
-def test_bf16_on_a_processor_without_it_is_called_slow(
-    processor, precision, slow, fit, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
-    done = fit(tmp_path / "run", "--trainer.max_steps", 1, "--trainer.precision", precision)
+def test_the_start_says_what_will_make_it_slow(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_record, "slow_because", lambda *given: [f"{given[1]} on {given[0]}"])
+    done = fit(tmp_path / "run", "--trainer.max_steps", 1, "--trainer.precision", "bf16-mixed")
     assert done.code == 0, done.err
-    assert ("slow on this processor" in done.out) == slow
+    assert "  slow      bf16-mixed on cpu\n" in done.out
 
 
 @pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
