@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -171,6 +172,13 @@ class FIDCallback(StepCallback):
                 features=self.features.fingerprint,
                 metric=self.features.metric,
             )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Begin anew where a run goes on from another one's checkpoint: best are its own values."""
+        if trainer.ckpt_path:
+            run = Path(trainer.ckpt_path).absolute().parent.parent.resolve()
+            if run != Path(trainer.default_root_dir).resolve():
+                self.best, self.last = {}, {}
 
     def metrics(self, ema: EMACallback) -> list[str]:
         """Names of all values it measures."""

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from cm_lightning.cli.evaluate_results import guidance_words
+from cm_lightning.cli.evaluate_results import RESULTS, guidance_words
 from cm_lightning.cli.study_file import scaled
 from cm_lightning.cli.study_report import RECORD
 from cm_lightning.documents import check_form, read_mapping
@@ -159,11 +159,14 @@ class Runner:
                 raise InputError(f"{folder} ended without results; see {folder}.log.")
         for name, words in run.evaluate.items():
             place, note = folder / f"eval-{name}", {"words": words}
+            start = f"evaluation {name}: "
             if (place / "eval.json").is_file():
-                self._check_note(run, f"evaluation {name}: ", note)
-            where = ["--out", str(place)]
-            command = ["cm_lightning.cli.evaluate", str(folder), *where, *words]
-            self._command(run, command, f"evaluation {name}: ", note)
+                self._check_note(run, start, note)
+            ended = f"Written to {place / 'eval.md'}" in self._logged(run, start)[1]
+            if missing or not ended or not (place / "eval.json").is_file():
+                where = ["--out", str(place)]
+                command = ["cm_lightning.cli.evaluate", str(folder), *where, *words]
+                self._command(run, command, start, note)
             found |= evaluated(name, place)
         with self._lock:
             self.number += 1
@@ -178,16 +181,22 @@ class Runner:
 
     def _check_note(self, run: Run, start: str, note: dict[str, Any]) -> None:
         """Refuse results that the log beside a run says were made with other options."""
-        log = self._log(run)
-        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-        lines = [line for line in text.splitlines() if line.startswith(start)]
-        old = _mapping(lines[-1].removeprefix(start)) if lines else note
+        line, _ = self._logged(run, start)
+        old = note if line is None else _mapping(line)
         keys = sorted(k for k in old.keys() | note.keys() if old.get(k) != note.get(k))
         if keys:
             raise InputError(
                 f"{self.out / run.name} was made with other options than those of the study "
                 f"({start.split(':')[0]}; {', '.join(keys)}): remove it, or choose another --out."
             )
+
+    def _logged(self, run: Run, start: str) -> tuple[str | None, str]:
+        """The last line of a run's log with this start, without it, and what follows the line."""
+        log = self._log(run)
+        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        _, found, rest = f"\n{text}".rpartition(f"\n{start}")
+        line, _, after = rest.partition("\n")
+        return (line, after) if found else (None, "")
 
     def _check_length(self, run: Run) -> None:
         """Refuse a finished run of an arm of equal time whose length is not about right."""
@@ -273,8 +282,13 @@ def evaluated(name: str, folder: Path) -> dict[str, float]:
     Args:
         name: Name of the evaluation, the first word of each key.
         folder: Where its results are.
+
+    Raises:
+        InputError: If ``eval.json`` there is damaged.
     """
-    record = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    path = folder / "eval.json"
+    record = read_mapping(path)
+    check_form(record, RESULTS, str(path))
     found: dict[str, list[float]] = {}
     for row in record["results"]:
         key = f"{name}/{row['ema']}/{row['sampling']}{guidance_words(row)}"

@@ -169,6 +169,19 @@ def test_a_fork_takes_the_numbers_of_its_own_optimizer(fit, tmp_path):
         torch.testing.assert_close(end["state_dict"][name], value, rtol=0, atol=1e-9)
 
 
+def test_the_best_of_a_fork_are_its_own(fit, tmp_path):
+    """It stands still, so that its distance is the one that its parent had."""
+    words = ["--fid.profiles", "[live]"]
+    assert fit(tmp_path / "a", *words).code == 0
+    checkpoint = tmp_path / "a" / "checkpoints" / "nimg000000000320.ckpt"
+    words += ["--model.optimizer.lr", 1e-30]
+    assert fit(tmp_path / "b", *words, "--resume", checkpoint, "--trainer.max_steps", 8).code == 0
+    assert fit(tmp_path / "b", *words).code == 0  # goes on from its own checkpoint
+    key = "fd_digits66/live/nfe1"
+    found = json.loads((tmp_path / "b" / "run.json").read_text())["results"]
+    assert found["best"][key] == {"value": found["last"][key], "kimg": 0.64}
+
+
 def test_a_fork_of_a_finished_run_needs_more_images(fit, tmp_path):
     assert fit(tmp_path / "a").code == 0
     checkpoint = tmp_path / "a" / "checkpoints" / "nimg000000000640.ckpt"

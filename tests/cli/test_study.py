@@ -335,11 +335,24 @@ def test_first_runs_shares_evaluations_and_times(study, program, tmp_path):
     assert shorter.code == 2
     assert "fit in the time of its arm" in shorter.err
     record.write_text(text)
+    log = out / "tuned/seed1.log"
+    assert log.read_text().count("evaluation steps: ") == 1  # what ended is not begun again
     fewer = {"tuned": arms["tuned"] | {"evaluate": {"steps": ["--n", "50", "--sigmas", "80"]}}}
     other = program("cm-study", study(arms=arms | fewer, tune=None, **changes), "--out", out)
     assert other.code == 2
     assert "tuned/seed1 was made with other options" in other.err
     assert "(evaluation steps; words)" in other.err
+
+    # an evaluation that was stopped goes on, a damaged one is named
+    log.write_text(log.read_text().replace("Written to ", "Stopped at "))
+    file = out / "tuned/seed2/eval-steps/eval.json"
+    scores = file.read_text()
+    file.write_text(scores.replace('"fd"', '"df"').replace('"seed"', '"deed"'))
+    damaged = program("cm-study", study(arms=arms, tune=None, **changes), "--out", out)
+    assert damaged.code == 2
+    assert f"{file} lacks" in damaged.err
+    assert log.read_text().count("evaluation steps: ") == 2
+    file.write_text(scores)
 
     # its page
     page = tmp_path / "page"
