@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Batch",
+    "ClassLayout",
     "Denoiser",
     "InputError",
     "LossOutput",
@@ -44,6 +45,20 @@ class TrainingStopped(RuntimeError):
         self.code = code
 
 
+class ClassLayout(NamedTuple):
+    """Which references lie together with those of a row's class.
+
+    Attributes:
+        rows: Rows of the batch, class after class, ``(<= B,)`` int64; those without a class are
+            left out.
+        parts: Stretches of ``rows`` and of the references of all their classes: first row, end of
+            the rows, first reference, end of the references.
+    """
+
+    rows: Tensor
+    parts: tuple[tuple[int, int, int, int], ...]
+
+
 class References(NamedTuple):
     """Images of the data among which a posterior mean is estimated.
 
@@ -55,6 +70,7 @@ class References(NamedTuple):
         nearest: Distance from each image of the *batch* to its nearest other reference (a lower
             bound of it), ``(B,)``, or ``None`` if it is not known.
         squares: Squared norms of the images as floats, ``(M,)``, or ``None`` to compute them.
+        layout: Where the references of each row of the *batch* are, ``None`` for anywhere.
     """
 
     images: Tensor
@@ -62,6 +78,7 @@ class References(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
     nearest: Tensor | None = None
     squares: Tensor | None = None
+    layout: ClassLayout | None = None
 
 
 class Batch(NamedTuple):

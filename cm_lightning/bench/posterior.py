@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 
 from cm_lightning.bench.common import (
@@ -25,7 +26,7 @@ from cm_lightning.bench.common import (
 from cm_lightning.bench.store import add_store, make_store
 from cm_lightning.cli.study_report import table
 from cm_lightning.data import ImageStore, ReferenceBank, ReferenceSet, to_float
-from cm_lightning.data.references import prepare
+from cm_lightning.data.references import class_layout, prepare
 from cm_lightning.objective import (
     Draw,
     ECTMapping,
@@ -75,8 +76,15 @@ def references(options: argparse.Namespace) -> str:
     plain = Batch(x0, labels, device_index)
     for size in options.sizes:
         images = torch.randint(0, 256, (size, *shape), dtype=torch.uint8, device=device)
-        classes = None if labels is None else torch.arange(size, device=device) % options.labels
-        bank = prepare(References(images, classes, torch.arange(size, device=device) + n))
+        classes = layout = None
+        if labels is not None:
+            found = np.arange(size) * options.labels // size  # class by class, as in the bank
+            classes = torch.from_numpy(found).to(device)
+            counts = np.bincount(found, minlength=options.labels)
+            layout = class_layout(labels.cpu().numpy(), dict(enumerate(counts.tolist())))
+            layout = move_data_to_device(layout, device)
+        index = torch.arange(size, device=device) + n
+        bank = prepare(References(images, classes, index, layout=layout))
         batch = plain._replace(references=bank)
         t, _ = mapping.sample(n, 0, device, torch.Generator(device).manual_seed(0))
         x_t = x0 + t.to(x0.dtype)[:, None, None, None] * torch.randn_like(x0)
@@ -143,11 +151,13 @@ def classes(options: argparse.Namespace) -> str:
         ) -> None:
             index = rng.integers(0, len(opened), options.batch)
             images, labels = opened[index]
+            assert labels is not None
             references = bank(labels, int(index[0]), torch.device("cpu"))
             x0 = to_float(images).to(device)
             x_t = x0 + t.to(x0.dtype)[:, None, None, None] * torch.randn_like(x0)
-            assert labels is not None
-            there = References(*(None if v is None else v.to(device) for v in references))  # type: ignore[arg-type]
+            there = move_data_to_device(
+                references._replace(layout=bank.layout(labels.numpy())), device
+            )
             index = torch.from_numpy(index).to(device)
             fetched[:] = [(Batch(x0, labels.to(device), index, there), x_t)]
 

@@ -298,8 +298,9 @@ class DiagnosticsCallback(StepCallback):
 def first_rows(batch: Batch, n: int) -> Batch:
     """The first ``n`` rows of a batch, with all its references."""
     references = batch.references
-    if references is not None and references.nearest is not None:
-        references = references._replace(nearest=references.nearest[:n])
+    if references is not None:
+        nearest = None if references.nearest is None else references.nearest[:n]
+        references = references._replace(nearest=nearest, layout=None)
     labels = None if batch.labels is None else batch.labels[:n]
     return Batch(batch.x0[:n], labels, batch.index[:n], references)
 

@@ -26,7 +26,7 @@ from cm_lightning.data.store import (
     to_float,
     write_store,
 )
-from cm_lightning.types import Batch, InputError, References
+from cm_lightning.types import Batch, ClassLayout, InputError, References
 
 __all__ = ["BatchPlan", "ImageDataModule", "RawBatch"]
 
@@ -41,6 +41,7 @@ class RawBatch(NamedTuple):
         flip: Whether to mirror each image, ``(B,)`` bool.
         references: Those of this batch, where every batch has its own; without images if these
             are resident.
+        layout: Where the references of each row are, by class.
     """
 
     images: Tensor | None
@@ -48,6 +49,7 @@ class RawBatch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
     flip: Tensor
     references: References | None = None
+    layout: ClassLayout | None = None
 
 
 class BatchPlan(NamedTuple):
@@ -76,18 +78,20 @@ class _StoreDataset(Dataset[RawBatch]):
 
     def __getitem__(self, rows: Rows) -> RawBatch:
         index, flip = torch.from_numpy(rows.index), torch.from_numpy(rows.flip)
-        labels = None
+        labels = found = references = layout = None
         if self.labels:
             assert self.store.labels is not None
-            labels = torch.from_numpy(self.store.labels[rows.index])
+            found = self.store.labels[rows.index]
+            labels = torch.from_numpy(found)
         images = self.store[rows.index][0] if self.images else None
-        references = None
         if self.bank is not None:
+            layout = self.bank.layout(found)
+        if self.bank is not None and self.bank.fetched:
             if self.images:
                 references = self.bank(labels, rows.nimg, torch.device("cpu"))
             else:
                 references = self.bank.announce(labels, rows.nimg)
-        return RawBatch(images, labels, index, flip, references)
+        return RawBatch(images, labels, index, flip, references, layout)
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -305,10 +309,8 @@ class ImageDataModule(L.LightningDataModule):
         device = self.trainer.strategy.root_device
         if self.resident and (self._resident is None or self._resident.device != device):
             self._resident = torch.from_numpy(self.store.images.copy()).to(device)
-        ahead = self._bank is not None and self._bank.fetched
-        bank = self._bank if ahead else None
         return DataLoader(
-            _StoreDataset(self.store, bool(self.num_classes), not self.resident, bank),
+            _StoreDataset(self.store, bool(self.num_classes), not self.resident, self._bank),
             sampler=sampler,
             batch_size=None,
             num_workers=self.num_workers,
@@ -336,6 +338,8 @@ class ImageDataModule(L.LightningDataModule):
         if references is not None and self._nearest is not None:
             self._nearest = self._nearest.to(x0.device)
             references = references._replace(nearest=self._nearest[batch.index])
+        if references is not None:
+            references = references._replace(layout=batch.layout)
         return Batch(x0, batch.labels, index, references)
 
     def use_temporary_cache(self, folder: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,13 +18,24 @@ import torch
 from torch import Tensor
 
 from cm_lightning.data.store import ImageStore, to_float
-from cm_lightning.types import InputError, References
+from cm_lightning.types import ClassLayout, InputError, References
 
-__all__ = ["WHOLE", "ReferenceBank", "ReferenceSet", "nearest_distances", "prepare"]
+__all__ = [
+    "WHOLE",
+    "ReferenceBank",
+    "ReferenceSet",
+    "class_layout",
+    "nearest_distances",
+    "prepare",
+]
 
 WHOLE = 1 << 31
 """Bytes up to which all classes stay on the device together, and up to which they stay as floats;
 beyond, classes are fetched, and images stay grey levels."""
+
+PARTS = 16
+"""Parts that the rows of a batch are divided into at most, by class, each with references of its
+own: ten classes cost a tenth of the products, a thousand do not cost a thousand calls."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +144,26 @@ class ReferenceBank:
         """
         if not self.fetched:
             if self._whole is None or self._whole.images.device != device:
-                whole = self._take(np.arange(self.size), device, images)
+                parts = [np.arange(self.size)] if self.members is None else self.members
+                whole = self._take(np.concatenate(parts), device, images)
                 self._whole = prepare(whole) if self.floats else whole
             return self._whole
         return self._take(self.choose(labels, nimg), device, images)
+
+    def layout(self, labels: npt.NDArray[np.int64] | None) -> ClassLayout | None:
+        """Where the references of a batch's rows are among those that it is given.
+
+        Args:
+            labels: Class indices of the batch, ``(B,)``, or ``None``.
+
+        Returns:
+            ``None`` if every row uses all references.
+        """
+        if self.members is None or labels is None:
+            return None
+        sizes = [len(rows) if self.spec.n is None else self.spec.n - 1 for rows in self.members]
+        given = np.unique(labels[labels >= 0]).tolist() if self.fetched else range(len(sizes))
+        return class_layout(labels, {label: sizes[label] for label in given})
 
     def choose(self, labels: Tensor | None, nimg: int) -> npt.NDArray[np.int64]:
         """Positions of a batch's own references; for labels on a device it waits for the device.
@@ -206,6 +234,33 @@ class ReferenceBank:
             assert self.store.labels is not None
             labels = torch.from_numpy(self.store.labels[places]).to(device)
         return References(self._mirror(pixels, where), labels, where)
+
+
+def class_layout(labels: npt.NDArray[np.int64], sizes: Mapping[int, int]) -> ClassLayout:
+    """Where the references of each row are that lie class by class.
+
+    Args:
+        labels: Class indices of the rows, ``(B,)``; -1 for none.
+        sizes: Number of references of each class, those of the rows at least, in their order.
+
+    Returns:
+        One part per class, or :data:`PARTS` of several classes where there are more.
+    """
+    order = np.argsort(labels, kind="stable")
+    order = order[labels[order] >= 0]
+    present, counts = np.unique(labels[order], return_counts=True)
+    ends = dict(zip(sizes, np.cumsum(list(sizes.values())).tolist(), strict=True))
+    least = 1 if len(present) <= PARTS else math.ceil(len(order) / PARTS)
+    parts: list[tuple[int, int, int, int]] = []
+    first = row = 0
+    start = None
+    for label, count in zip(present.tolist(), counts.tolist(), strict=True):
+        row += count
+        start = ends[label] - sizes[label] if start is None else start
+        if row - first >= least or row == len(order):
+            parts.append((first, row, start, ends[label]))
+            first, start = row, None
+    return ClassLayout(torch.from_numpy(order), tuple(parts))
 
 
 def prepare(references: References) -> References:

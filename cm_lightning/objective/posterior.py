@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cm_lightning.types import Batch, Denoiser, InputError, References, expand
+from cm_lightning.types import Batch, ClassLayout, Denoiser, InputError, References, expand
 
 __all__ = [
     "PosteriorMean",
@@ -121,9 +121,10 @@ class ReferenceMean(PosteriorMean):
     include the own image is not stated; Stable Target Field's code does.)
 
     Rows with label -1, with a generated ``x0`` or without another image of their class keep
-    ``x0``. References are streamed in chunks, so memory does not grow with their number; all is
-    computed in fp32 (float64 for float64 images) outside autocast, its products in TF32 if the run
-    allows that.
+    ``x0``; on a CPU they are not computed. Where references lie class by class, rows meet those of
+    their class alone, a tenth of the products for ten classes. References are streamed in chunks,
+    so memory does not grow with their number; all is computed in fp32 (float64 for float64 images)
+    outside autocast, its products in TF32 if the run allows that.
 
     Args:
         chunk: References per chunk, >= 1; ``None`` for as many as a CPU core's cache holds as
@@ -163,10 +164,10 @@ class ReferenceMean(PosteriorMean):
         if self.skip is not None and references.nearest is not None:
             active = active & (references.nearest < self.skip * t)
         with torch.no_grad(), torch.autocast(x_t.device.type, enabled=False):
-            sums = self.sums(x_t, t, batch, references)
-            sums = merge_sums(own_sums(x_t, t, batch), sums)
+            sums = merge_sums(
+                own_sums(x_t, t, batch), self._sums_by_part(x_t, t, batch, references, active)
+            )
             average = (sums.images / sums.weights[:, None]).reshape(x_t.shape)
-        # every row is computed and chosen by its mask: to pick rows would wait for the device
         mean = torch.where(expand(active, x_t).bool(), average.to(x_t.dtype), batch.x0)
         if batch.notes is not None and "ess" not in batch.notes:
             weights = sums.weights.double()
@@ -177,6 +178,38 @@ class ReferenceMean(PosteriorMean):
             batch.notes["skipped"] = (eligible & ~active).to(t.dtype)
             batch.notes["discrepancy"] = shift / t.square()
         return mean
+
+    def _sums_by_part(
+        self, x_t: Tensor, t: Tensor, batch: Batch, references: References, active: Tensor
+    ) -> ReferenceSums:
+        """Sums of each row over the part of the references that holds its class."""
+        rows, parts = references.layout or ClassLayout(
+            torch.arange(len(x_t), device=x_t.device), ((0, len(x_t), 0, len(references.images)),)
+        )
+        if may_pick(x_t.device):
+            kept = active[rows]
+            rows, ends = rows[kept], [0, *kept.cumsum(0).tolist()]
+            parts = tuple((ends[first], ends[last], *part) for first, last, *part in parts)
+        x_t, t, index = x_t[rows], t[rows], batch.index[rows]
+        labels = None if batch.labels is None else batch.labels[rows]
+        found = []
+        for first, last, start, stop in parts:
+            if last > first:
+                own = batch._replace(
+                    index=index[first:last], labels=None if labels is None else labels[first:last]
+                )
+                those = References(
+                    references.images[start:stop],
+                    None if references.labels is None else references.labels[start:stop],
+                    references.index[start:stop],
+                    squares=None if references.squares is None else references.squares[start:stop],
+                )
+                found.append(self.sums(x_t[first:last], t[first:last], own, those))
+        whole = no_sums(batch.x0)
+        if found:
+            for values, sums in zip(whole, zip(*found, strict=True), strict=True):
+                values[rows] = torch.cat(sums)
+        return whole
 
     def sums(self, x_t: Tensor, t: Tensor, batch: Batch, references: References) -> ReferenceSums:
         """Sums over references, without the rows' own images.
@@ -189,10 +222,7 @@ class ReferenceMean(PosteriorMean):
         """
         dtype = torch.promote_types(torch.float32, x_t.dtype)
         x, inverse = x_t.flatten(1).to(dtype), 0.5 / t.double().square()
-        zeros = torch.zeros(len(x), dtype=dtype, device=x.device)
-        total = ReferenceSums(
-            torch.full_like(inverse, -torch.inf), zeros, zeros, torch.zeros_like(x)
-        )
+        total: ReferenceSums | None = None
         block = (1 << 21 if x.device.type == "cpu" else 1 << 28) // (4 * x.shape[1])
         chunk = self.chunk or max(block, 1)
         # processors are ten times slower where numbers underflow; the smallest weight, that of
@@ -218,11 +248,22 @@ class ReferenceMean(PosteriorMean):
             # where all are hidden top is -inf, and merge_sums counts the chunk as nothing
             logits -= top.clamp_min(torch.finfo(top.dtype).min)[:, None]
             weights = logits.clamp_min_(least).to(dtype).exp_()
-            total = merge_sums(
-                total,
-                ReferenceSums(top, weights.sum(1), weights.square().sum(1), weights @ y),
-            )
-        return total
+            sums = ReferenceSums(top, weights.sum(1), weights.square().sum(1), weights @ y)
+            total = sums if total is None else merge_sums(total, sums)
+        return no_sums(x_t) if total is None else total
+
+
+def may_pick(device: torch.device) -> bool:
+    """Whether rows may be chosen by their values: a GPU would have to be waited for."""
+    return device.type == "cpu"
+
+
+def no_sums(x_t: Tensor) -> ReferenceSums:
+    """Sums over no reference, for images ``(B, C, H, W)``."""
+    images = torch.zeros_like(x_t.flatten(1), dtype=torch.promote_types(torch.float32, x_t.dtype))
+    weights, squares = images.new_zeros(2, len(images))
+    top = torch.full((len(images),), -torch.inf, dtype=torch.float64, device=x_t.device)
+    return ReferenceSums(top, weights, squares, images)
 
 
 def own_sums(x_t: Tensor, t: Tensor, batch: Batch) -> ReferenceSums:

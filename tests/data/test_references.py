@@ -37,13 +37,17 @@ def bank(store, spec=ReferenceSet(), conditional=True, flip=False, seed=0):
 
 
 def test_the_whole_set_with_labels_and_positions(store):
+    """Class by class, if there are classes."""
     references = bank(store)(torch.tensor([0, 2]), 0, CPU)
-    assert references.index.tolist() == list(range(30))
-    assert references.labels.tolist() == store.labels.tolist()
-    images = to_float(torch.from_numpy(store.images.copy()))
+    by_class = [*range(0, 30, 3), *range(1, 30, 3), *range(2, 30, 3)]
+    assert references.index.tolist() == by_class
+    assert references.labels.tolist() == store.labels[by_class].tolist()
+    images = to_float(torch.from_numpy(store.images[by_class]))
     assert torch.equal(references.images, images)
     assert torch.equal(references.squares, images.square().sum((1, 2, 3)))
-    assert bank(store, conditional=False)(None, 0, CPU).labels is None
+    plain = bank(store, conditional=False)(None, 0, CPU)
+    assert plain.labels is None
+    assert plain.index.tolist() == list(range(30))
 
 
 def test_the_whole_set_is_made_once(store):
@@ -119,7 +123,9 @@ def test_the_loader_fetches_subsets_ahead(store, tmp_path):
     for batches in seen[1:]:
         for a, b in zip(seen[0], batches, strict=True):
             assert torch.equal(a.x0, b.x0)
-            for x, y in zip(a.references, b.references, strict=True):
+            assert a.references.layout.parts == b.references.layout.parts
+            assert torch.equal(a.references.layout.rows, b.references.layout.rows)
+            for x, y in zip(a.references[:-1], b.references[:-1], strict=True):
                 assert (x is None and y is None) or torch.equal(x, y)
 
 
@@ -135,15 +141,17 @@ def test_what_stays_on_the_device_is_counted(store, resident):
 
 def test_mirrored_images_count_on(store):
     references = bank(store, flip=True)(torch.tensor([0]), 0, CPU)
-    assert references.index.tolist() == list(range(60))
-    assert torch.equal(references.images[30:], references.images[:30].flip(-1))
-    assert references.labels[30:].tolist() == store.labels.tolist()
+    by_class = [*range(0, 60, 3), *range(1, 60, 3), *range(2, 60, 3)]
+    assert references.index.tolist() == by_class
+    assert references.labels.tolist() == store.labels[np.array(by_class) % 30].tolist()
+    images = references.images[np.argsort(by_class)]
+    assert torch.equal(images[30:], images[:30].flip(-1))
 
 
 def test_resident_images_are_used(store):
     resident = torch.from_numpy(store.images.copy())
     a = bank(store)(torch.tensor([0]), 0, CPU, resident)
-    assert torch.equal(a.images, to_float(resident))
+    assert torch.equal(a.images, to_float(resident[a.index]))
 
 
 @pytest.mark.parametrize("conditional", [False, True])
