@@ -132,10 +132,8 @@ class GradientGuard:
         for gradient in gradients:
             torch.nan_to_num_(gradient, nan=0, posinf=self.infinity, neginf=-self.infinity)
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(
-                [p for p in parameters if p.grad is not None],
-                self.clip_norm,
-                torch.nan_to_num(norm, posinf=self.infinity),
+            torch.nn.utils.clip_grad_norm_(
+                [p for p in parameters if p.grad is not None], self.clip_norm
             )
         if previous is None:
             return GradientStats(norm, bad, bad)

@@ -11,7 +11,6 @@ from torch import Tensor
 from cm_lightning.callbacks.ema import find_ema
 from cm_lightning.files import hash_tensors
 from cm_lightning.loggers import say
-from cm_lightning.networks import ConsistencyPrecond
 from cm_lightning.objective import TeacherMean
 from cm_lightning.sampling import (
     GuidedDenoiser,
@@ -48,11 +47,10 @@ def find_teacher(pl_module: Any) -> Denoiser | None:
     if pl_module.init is None:
         return None
     with torch.random.fork_rng(devices=[]):  # the network is built with random weights first
-        network, info, _ = pl_module.init.load()
-    if hash_tensors(network.state_dict()) != pl_module.origins["init"]["sha256"]:
+        loaded = pl_module.init.load()
+    if hash_tensors(loaded.denoiser.state_dict()) != pl_module.origins["init"]["sha256"]:
         raise InputError(f"the weights in {pl_module.init.path} changed since the run started.")
-    diffusion = info.get("regime", "Diffusion") == "Diffusion"
-    return network if diffusion and not isinstance(network, ConsistencyPrecond) else None
+    return loaded.denoiser if loaded.is_diffusion else None
 
 
 class TeacherDistance:
@@ -62,8 +60,9 @@ class TeacherDistance:
               f_\theta(\sigma_\text{max} z_i, \sigma_\text{max}) -
               \Phi(\sigma_\text{max} z_i) \bigr\rVert_2^2 \Bigr)^{1/2}
 
-    with :math:`\Phi` Heun's solution of the probability-flow ODE of :func:`find_teacher` and D the
-    number of values of an image: a root mean square per pixel of images in [-1, 1]. Noise and
+    with :math:`\Phi` Heun's solution of the probability-flow ODE of :func:`find_teacher`, D the
+    number of values of an image and :math:`\sigma_\text{max}` the largest level of the grid or of
+    the phases (80 without either): a root mean square per pixel of images in [-1, 1]. Noise and
     labels are those of the sample grids by default. A model with phases goes through all. Endpoints
     are computed at the first call and kept. Rank 0 alone measures; nothing is drawn from torch's
     generators. Smaller values than Heun's own error mean nothing: with 18 levels that is 0.027 on
@@ -93,7 +92,10 @@ class TeacherDistance:
         """Measure the first EMA profile; returns ``teacher/ode_distance/<profile>`` or nothing."""
         if not self.n or not trainer.is_global_zero:
             return {}
-        phases = getattr(getattr(pl_module, "objective", None), "phases", None)
+        objective = getattr(pl_module, "objective", None)
+        phases = getattr(objective, "phases", None)
+        grid = getattr(objective, "discretization", None)
+        top = getattr(grid, "sigma_max", 80.0) if phases is None else phases.edges[-1]
         data, device = trainer.datamodule, pl_module.device  # type: ignore[attr-defined]
         if self.endpoints is None:
             try:
@@ -104,10 +106,9 @@ class TeacherDistance:
             if teacher is None:
                 self.n = 0
                 return {}
-            top = HeunSampler().sigma_max if phases is None else phases.edges[-1]
             heun = HeunSampler(self.steps, sigma_max=top)
             self.endpoints = self._images(teacher.to(device), heun, data, device)
-        sampler = MultistepSampler() if phases is None else PhasedSampler(phases.edges)
+        sampler = MultistepSampler((top,)) if phases is None else PhasedSampler(phases.edges)
         ema = find_ema(trainer)
         with ema.lend(pl_module.denoiser, ema.names[0]), evaluating(pl_module.denoiser):
             images = self._images(pl_module.denoiser, sampler, data, device)

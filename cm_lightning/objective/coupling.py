@@ -127,7 +127,7 @@ class GeneratorCoupling(Coupling):
               \tilde x_t = \hat x + t z, \quad \tilde x_r = \hat x + r z
 
     for a share ``mix`` of the rows, drawn anew each step; the others stay as they are (Issenhuth
-    et al., arXiv:2406.09570, Eq. 13-15 and 21). Where the level is 0 the row stays as it is, so
+    et al., arXiv:2406.09570, Eq. 13-15 and 21). Where r is 0 the row stays as it is, so
     under ECT's mapping the method acts from the stage on where r > 0.
 
     Paper and official code differ: the paper's endpoint is the network being trained, the code's
@@ -198,12 +198,12 @@ class GeneratorCoupling(Coupling):
     def __call__(
         self, batch: Batch, z: Tensor, u: Tensor, t: Tensor, r: Tensor, nimg: int, denoise: Denoise
     ) -> Coupled:
-        """Replace the images of the rows with ``u < mix`` and a level above 0."""
+        """Replace the images of the rows with ``u < mix`` and a pair that ends above 0."""
         share = self.share(nimg)
         if share == 0:
             return _as_it_came(batch, z)
         level = r if self.level == "lower" else t
-        positive = level > 0
+        positive = r > 0  # where it is 0 the image is the target
         noisy = batch.x0 + expand(level, z) * z
         endpoint = denoise(noisy, torch.where(positive, level, t), dropout=self.dropout)
         generated = (u < share) & positive

@@ -219,6 +219,10 @@ class Objective:
             nimg: Images seen so far, for the coupling's schedule.
             dropout: Key of the dropout masks.
         """
+        end = None
+        if self.phases is not None:
+            end = self.phases.end(t)
+            r = torch.maximum(r, end)
         denoise = _prediction(online if endpoint is None else endpoint, batch, dropout)
         coupled = self.coupling(batch, z, u, t, r, nimg, denoise)
         notes: dict[str, Tensor] = {}
@@ -226,10 +230,6 @@ class Objective:
             notes |= transport_notes(coupled, batch.x0, z)
         x0, z, generated = coupled
         batch = batch._replace(x0=x0, generated=generated, notes=notes)
-        end = None
-        if self.phases is not None:
-            end = self.phases.end(t)
-            r = torch.maximum(r, end)
         x_t = x0 + expand(t, x0) * z
         x_r = self.solver(x_t, t, r, batch)
         prediction, goal = paired_forward(

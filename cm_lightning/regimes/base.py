@@ -23,7 +23,13 @@ from cm_lightning.files import hash_tensors
 from cm_lightning.networks import preserves_magnitude
 from cm_lightning.objective import Draw, GeneratorCoupling, Grid, Objective
 from cm_lightning.optim import GradientGuard, GradientStats, LearningRate
-from cm_lightning.regimes.checks import check_fit, check_levels, check_trainer, check_twin
+from cm_lightning.regimes.checks import (
+    check_endpoint,
+    check_fit,
+    check_levels,
+    check_trainer,
+    check_twin,
+)
 from cm_lightning.types import Batch, Denoiser, InputError, LossOutput
 from cm_lightning.weights import Pretrained, check_weights, start_from
 
@@ -137,9 +143,10 @@ class ConsistencyModule(L.LightningModule):
             if coupling.endpoint == "ema":
                 self._average("endpoint", coupling.average)
             if coupling.weights is not None:
-                weights, info, _ = Pretrained(coupling.weights).load()
-                check_twin(self.denoiser, weights, f"endpoint {coupling.weights}")
-                self.borrow("endpoint", weights, coupling.weights, info)
+                loaded = Pretrained(coupling.weights).load()
+                check_twin(self.denoiser, loaded.denoiser, f"endpoint {coupling.weights}")
+                check_endpoint(loaded, coupling.weights)
+                self.borrow("endpoint", loaded.denoiser, coupling.weights, loaded.info)
 
     def _average(self, name: str, profile: EMAProfile) -> None:
         self.add_module(name, copy.deepcopy(self.denoiser).requires_grad_(False))

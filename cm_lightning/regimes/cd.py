@@ -8,7 +8,6 @@ from typing import Any, Literal
 from lightning.pytorch.cli import OptimizerCallable
 
 from cm_lightning.ema import ConstantEMA, EMAProfile
-from cm_lightning.networks import ConsistencyPrecond
 from cm_lightning.objective import (
     LPIPS,
     Coupling,
@@ -126,13 +125,19 @@ def load_teacher(
             f"CD needs a teacher and there is none at {path}. Train one first: "
             f"cm-fit --config configs/{config}.yaml --run_dir {path}"
         )
-    network, info, _ = teacher.load()
-    if info.get("regime", "Diffusion") != "Diffusion" or isinstance(network, ConsistencyPrecond):
+    loaded = teacher.load()
+    network, info, _ = loaded
+    if not loaded.is_diffusion:
         raise InputError(
             f"The teacher {path} is no diffusion model: it was trained by {info.get('regime')} "
             f"and is a {type(network).__name__}."
         )
     check_twin(denoiser, network, f"teacher {path}")
+    if dropped := getattr(getattr(denoiser, "backbone", None), "label_dropout", 0):
+        raise InputError(
+            f"model.denoiser has label_dropout {dropped:g}, but CD's teacher always sees labels: "
+            "what the student does without one would not be distilled. Set it to 0."
+        )
     if guidance < 0:
         raise InputError(f"model.guidance must be 0 or more (1 for none), got {guidance}.")
     if guidance != 1:

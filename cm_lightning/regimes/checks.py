@@ -7,8 +7,9 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 
 from cm_lightning.objective import Discretization
 from cm_lightning.types import Denoiser, InputError
+from cm_lightning.weights import Loaded
 
-__all__ = ["check_fit", "check_levels", "check_trainer", "check_twin"]
+__all__ = ["check_endpoint", "check_fit", "check_levels", "check_trainer", "check_twin"]
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Precisions in which weights, noise levels and losses stay fp32."""
@@ -75,6 +76,28 @@ def check_twin(denoiser: Denoiser, other: Denoiser, what: str) -> None:
     if other.num_classes != denoiser.num_classes:
         raise InputError(
             f"The {what} knows {other.num_classes} classes, model.denoiser {denoiser.num_classes}."
+        )
+
+
+def check_endpoint(loaded: Loaded, path: str) -> None:
+    """Check that a network can predict endpoints for a coupling.
+
+    Args:
+        loaded: The network.
+        path: Where it lies.
+
+    Raises:
+        InputError: If it predicts means, or goes to the ends of phases instead of 0.
+    """
+    if loaded.is_diffusion:
+        raise InputError(
+            f"model.coupling.weights {path} is a diffusion model, which predicts the mean of many "
+            "images and no endpoint: name a consistency model."
+        )
+    if len(loaded.info.get("phases") or []) > 2:
+        raise InputError(
+            f"model.coupling.weights {path} was trained in phases, so it does not go to 0: name a "
+            "model without phases."
         )
 
 

@@ -15,6 +15,7 @@ from cm_lightning.objective import (
     Draw,
     ECTMapping,
     Euler,
+    GeneratorCoupling,
     Heun,
     Independent,
     InverseStep,
@@ -73,8 +74,9 @@ class SCT(ConsistencyModule):
         init: Weights to start from, as published those of a diffusion model.
 
     Raises:
-        InputError: If there are fewer references than asked for, or the coupling is MinibatchOT:
-            E[x0 | x_t] over the references holds for independent x0 and z alone.
+        InputError: If there are fewer references than asked for; if the coupling is MinibatchOT:
+            E[x0 | x_t] over the references holds for independent x0 and z alone; or if several
+            phases meet a coupling or a weighting that do not go with them.
     """
 
     def __init__(
@@ -101,6 +103,8 @@ class SCT(ConsistencyModule):
                 "model.coupling is MinibatchOT, but SCT's target takes image and noise to be "
                 "independent: choose Independent or GeneratorCoupling."
             )
+        if phases is not None and len(phases.edges) > 2:
+            check_phased(phases, coupling, weighting)
         self.references = references
         self.posterior = posterior
         step = Heun(posterior) if solver == "heun" else Euler(posterior)
@@ -136,3 +140,30 @@ class SCT(ConsistencyModule):
         gathered = self.all_gather(values)
         assert isinstance(gathered, Tensor)
         return gathered.flatten(0, 1)
+
+
+def check_phased(phases: Phases, coupling: Coupling, weighting: Weighting) -> None:
+    """Check what several phases do not go with.
+
+    Args:
+        phases: Two or more segments.
+        coupling: Law of (x0, z).
+        weighting: Weight w(t, r).
+
+    Raises:
+        InputError: If the coupling takes its endpoints from the network in training, which goes to
+            the end of its segment and not to 0; or if differences are normalised under
+            InverseStep, which contains the factor already: next to an edge 1 / (1 - s/t) grows
+            without bound, and a few rows become all of the gradient.
+    """
+    if isinstance(coupling, GeneratorCoupling) and coupling.endpoint != "frozen":
+        raise InputError(
+            f"model.coupling takes endpoints from the network in training (endpoint "
+            f"{coupling.endpoint}), and with model.phases that has none: leave one of the two out, "
+            "or set endpoint to frozen with weights of a model without phases."
+        )
+    if phases.normalize and isinstance(weighting, InverseStep):
+        raise InputError(
+            "model.phases.normalize is true, but the weighting InverseStep contains that factor "
+            "already: set it to false, or choose model.weighting COut."
+        )

@@ -19,6 +19,7 @@ from torch import Tensor
 from cm_lightning.documents import build, check_form, read_mapping
 from cm_lightning.ema import snapshot_nimg
 from cm_lightning.files import is_intact, read_weights
+from cm_lightning.networks import ConsistencyPrecond
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.version import __version__
 
@@ -74,6 +75,12 @@ class Loaded(NamedTuple):
     denoiser: Denoiser
     info: dict[str, Any]
     config: dict[str, Any]
+
+    @property
+    def is_diffusion(self) -> bool:
+        """Whether it predicts means, as weights that name no regime do by their preconditioning."""
+        named = self.info.get("regime", "Diffusion")
+        return named == "Diffusion" and not isinstance(self.denoiser, ConsistencyPrecond)
 
 
 @dataclass(frozen=True)

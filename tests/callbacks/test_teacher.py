@@ -12,7 +12,7 @@ from cm_lightning.callbacks import EMACallback
 from cm_lightning.callbacks.teacher import TeacherDistance, find_teacher
 from cm_lightning.evaluation import read_metrics
 from cm_lightning.files import hash_tensors
-from cm_lightning.objective import Euler, Heun, Phases, SampleMean, TeacherMean
+from cm_lightning.objective import Euler, Heun, KarrasGrid, Phases, SampleMean, TeacherMean
 from cm_lightning.sampling import HeunSampler, image_noise
 from cm_lightning.types import InputError
 from cm_lightning.weights import Pretrained, from_pretrained
@@ -52,6 +52,22 @@ def test_gaussian_data_have_a_closed_form():
         assert found[KEY] == pytest.approx(abs(a - exact) * size, abs=3e-4)
     coarse = TeacherDistance(32)(*run_of(gaussian_endpoint()))[KEY]
     assert coarse == pytest.approx(0.0273, rel=0.01)  # the error of Heun with 18 levels
+
+
+@pytest.mark.parametrize("top", [20.0, 40.0])
+def test_a_grid_says_where_noise_begins(top):
+    """Exact student and teacher agree wherever they start; a student is asked nowhere else."""
+    levels = []
+
+    def student(x, t):
+        levels.append(float(t.max()))
+        return x * (0.25 / (0.25 + t * t)).sqrt()
+
+    trainer, module = run_of(FunctionDenoiser(student))
+    module.objective.discretization = KarrasGrid(18, sigma_max=top)
+    found = TeacherDistance(32, steps=256)(trainer, module)
+    assert found[KEY] < 3e-4
+    assert max(levels) == top
 
 
 def test_phases_go_all_the_way_to_the_endpoint():

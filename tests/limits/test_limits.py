@@ -22,6 +22,7 @@ from cm_lightning.objective import (
     InverseStep,
     KarrasGrid,
     Objective,
+    Phases,
     PseudoHuber,
     ReferenceMean,
     SampleMean,
@@ -142,6 +143,35 @@ def test_a_perfect_endpoint_of_a_single_image_is_its_base(denoiser):
 
 
 # --- CT, iCT, ECT ---
+
+
+@pytest.mark.parametrize("level", ["lower", "upper"])
+def test_rows_whose_pair_ends_at_0_are_left_alone(level):
+    """There the image is the target. With phases no pair ends there but those of the first."""
+    data, n = batch(8), 8
+    t = torch.linspace(0.5, 40, n).double()
+    r = torch.where(torch.arange(n) % 2 == 0, 0, t / 2)
+    z, u = torch.randn_like(data.x0), torch.zeros(n)
+    asked = {}
+    for phases in (None, Phases((0.0, 5.0, 80.0))):
+        coupling = GeneratorCoupling(1.0, endpoint="frozen", weights="x", level=level)
+        leaves = (ECTMapping(), coupling, Euler(SampleMean()), SquaredL2(), Uniform())
+        levels = []
+
+        def endpoint(x, sigma, levels=levels):
+            levels.append(sigma.flatten().double())
+            return 0 * x
+
+        network = FunctionDenoiser(lambda x, sigma: 0.5 * x)
+        out = Objective(*leaves, phases).evaluate(
+            network, network, data, t, r, z, u, endpoint=FunctionDenoiser(endpoint)
+        )
+        assert torch.equal(out.notes["generated"].bool(), out.r > 0)
+        asked[phases] = levels[0]
+        expected = t if level == "upper" else out.r
+        made = out.r > 0
+        torch.testing.assert_close(levels[0][made], expected[made], rtol=1e-6, atol=0)
+    assert (out.r[r == 0] > 0).sum() == 3  # clamped to the edge, and asked there
 
 
 def test_ct_with_rate_0_is_ict(denoiser):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import lightning as L
 import pytest
 import torch
@@ -97,8 +99,17 @@ def test_gradients_are_sanitised_as_published_and_counted():
     assert p.grad.tolist() == [3.0, 4.0]
     assert float(stats.norm) == 5
     assert int(stats.nonfinite_steps) == 0
-    p, _ = guarded([3.0, 4.0], clip_norm=1.0)
-    assert p.grad.norm().item() == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("infinity", [0.0, 1e5])
+@pytest.mark.parametrize("values", [[3.0, 4.0], ["nan", 300.0, 400.0], ["inf"] * 4, ["nan", "inf"]])
+def test_clipped_gradients_are_short_after_they_were_sanitised(values, infinity):
+    values = [float(value) for value in values]
+    p, stats = guarded(values, clip_norm=1.0, infinity=infinity)
+    plain, _ = guarded(values, infinity=infinity)
+    norm = plain.grad.norm()
+    torch.testing.assert_close(p.grad, plain.grad / norm.clamp_min(1), rtol=1e-4, atol=0)
+    assert math.isfinite(stats.norm) == all(map(math.isfinite, values))
 
 
 def test_a_streak_ends_with_the_first_finite_gradient():

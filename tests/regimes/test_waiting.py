@@ -13,7 +13,7 @@ from cm_lightning.callbacks import DiagnosticsCallback, EMACallback
 from cm_lightning.data import Digits, ImageDataModule, ReferenceSet
 from cm_lightning.ema import ConstantEMA, HalfLifeEMA, PowerEMA
 from cm_lightning.networks import ConsistencyPrecond, EDM2Precond, EDM2UNet, EDMPrecond, SongUNet
-from cm_lightning.objective import L2, MinibatchOT, Phases, posterior
+from cm_lightning.objective import L2, COut, MinibatchOT, Phases, posterior
 from cm_lightning.regimes import CD, CT, ECT, GC, ICT, SCT, Diffusion
 from cm_lightning.weights import Pretrained, save_weights
 from tests import toys
@@ -63,9 +63,10 @@ class Watch(L.Callback):
             self.patch.undo()
 
 
-def network(precond=EDMPrecond, classes: int = 10):
+def network(precond=EDMPrecond, classes: int = 10, label_dropout: float = 0.1):
     small = {"model_channels": 16, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
-    return precond(SongUNet(8, 1, 1, label_dim=classes, dropout=0.2, label_dropout=0.1, **small))
+    small |= {"label_dim": classes, "dropout": 0.2, "label_dropout": label_dropout}
+    return precond(SongUNet(8, 1, 1, **small))
 
 
 def edm2():
@@ -92,7 +93,11 @@ REGIMES = {
     "diffusion": lambda path: Diffusion(network(), KIMG),
     "diffusion, EDM2": lambda path: Diffusion(edm2(), KIMG),
     "cd": lambda path: CD(
-        network(ConsistencyPrecond), teacher(path), KIMG, guidance=1.5, distance=L2()
+        network(ConsistencyPrecond, label_dropout=0.0),
+        teacher(path),
+        KIMG,
+        guidance=1.5,
+        distance=L2(),
     ),
     "ct": lambda path: CT(network(ConsistencyPrecond), KIMG, distance=L2()),
     "ict": lambda path: ICT(network(ConsistencyPrecond), KIMG),
@@ -101,7 +106,11 @@ REGIMES = {
     "sct, random": lambda path: SCT(network(), KIMG, references=ReferenceSet(n=8)),
     "sct, batch": lambda path: SCT(network(), KIMG, references=ReferenceSet("batch")),
     "sct, phases": lambda path: SCT(
-        network(), KIMG, solver="heun", phases=Phases((0, 0.4, 80), True, True)
+        network(),
+        KIMG,
+        solver="heun",
+        weighting=COut(),
+        phases=Phases((0, 0.4, 80), normalize=True, uniform=True),
     ),
     "gc": lambda path: GC(network(ConsistencyPrecond), KIMG),
 }
