@@ -25,7 +25,6 @@ __all__ = [
     "WarmupEMA",
     "posthoc_coefficients",
     "power_exponent",
-    "power_std",
     "snapshot_nimg",
     "update_average",
 ]
@@ -211,11 +210,6 @@ def power_exponent(std: float) -> float:
     inverse = std**-2
     roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
     return float(roots[np.abs(roots.imag) < 1e-9].real.max())
-
-
-def power_std(gamma: float) -> float:
-    r"""Relative width :math:`\sqrt{\gamma + 1} / ((\gamma + 2)\sqrt{\gamma + 3})`, the inverse."""
-    return float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5))
 
 
 def posthoc_coefficients(

@@ -11,7 +11,10 @@ from torch import Tensor
 from cm_lightning.transfer import constant
 from cm_lightning.types import InputError
 
-__all__ = ["check_edges", "karras_sigmas", "phase_edges", "segments"]
+__all__ = ["LARGEST", "SMALLEST", "check_edges", "karras_sigmas", "phase_edges", "segments"]
+
+SMALLEST, LARGEST = 1e-12, 1e12
+"""Noise levels whose squares fp32 holds."""
 
 
 def karras_sigmas(
@@ -28,8 +31,8 @@ def karras_sigmas(
 
     Args:
         n: Number of levels, >= 2.
-        sigma_min: Last level, > 0.
-        sigma_max: First level, > sigma_min.
+        sigma_min: Last level, >= 1e-12.
+        sigma_max: First level, > sigma_min, <= 1e12.
         rho: Curvature, > 0.
         device: Where to make it.
 
@@ -41,9 +44,10 @@ def karras_sigmas(
     """
     if n < 2:
         raise InputError(f"a Karras grid needs at least 2 levels, got {n}.")
-    if not 0 < sigma_min < sigma_max:
+    if not SMALLEST <= sigma_min < sigma_max <= LARGEST:
         raise InputError(
-            f"noise levels need 0 < sigma_min < sigma_max, got {sigma_min:g} and {sigma_max:g}."
+            f"noise levels need {SMALLEST:g} <= sigma_min < sigma_max <= {LARGEST:g}, got "
+            f"{sigma_min:g} and {sigma_max:g}."
         )
     if not rho > 0:
         raise InputError(f"rho must be positive, got {rho}.")
@@ -55,29 +59,24 @@ def karras_sigmas(
     return grid
 
 
-def phase_edges(
-    phases: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
-) -> tuple[float, ...]:
-    """Edges of ``phases`` segments of the noise axis: a Karras grid whose lowest level is 0.
+def phase_edges(phases: int) -> tuple[float, ...]:
+    """Edges of ``phases`` segments of the noise axis up to 80: a Karras grid with 0 as its lowest.
 
     SCT's own edges are not recoverable from what is public (arXiv:2410.18958); 2 phases meet at
     2.515, 4 at 0.170, 2.515 and 17.53.
 
     Args:
-        phases: Number of segments, >= 1.
-        sigma_min: Level of the grid that 0 replaces.
-        sigma_max: Last edge.
-        rho: Curvature.
+        phases: Number of segments, 1 to 100.
 
     Returns:
-        ``phases + 1`` increasing numbers from 0 to ``sigma_max``.
+        ``phases + 1`` increasing numbers from 0 to 80.
 
     Raises:
-        InputError: If ``phases`` is below 1.
+        InputError: If ``phases`` is outside its range.
     """
-    if phases < 1:
-        raise InputError(f"phases must be 1 or more, got {phases}.")
-    levels = karras_sigmas(phases + 1, sigma_min, sigma_max, rho).flip(0).tolist()
+    if not 1 <= phases <= 100:
+        raise InputError(f"phases must be 1 to 100, got {phases}.")
+    levels = karras_sigmas(phases + 1).flip(0).tolist()
     return (0.0, *levels[1:])
 
 
@@ -106,5 +105,5 @@ def check_edges(edges: Sequence[float]) -> None:
     text = ", ".join(f"{edge:g}" for edge in edges)
     if len(edges) < 2 or edges[0] != 0:
         raise InputError(f"edges must start at 0 and have at least one more, got {text}.")
-    if not all(low < high < float("inf") for low, high in pairwise(edges)):
-        raise InputError(f"edges must increase and be finite, got {text}.")
+    if not all(low < high <= LARGEST for low, high in pairwise(edges)):
+        raise InputError(f"edges must increase and be {LARGEST:g} at most, got {text}.")

@@ -85,7 +85,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
             free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
             reason = " ".join(str(error).split())[:120]
-            self.failure = f"{reason}; {free / 2**20:,.0f} MB are free there"
+            self.failure = f"{reason}; {free / 2**20:,.0f} MiB are free there"
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
 

@@ -93,8 +93,6 @@ class DiagnosticsCallback(StepCallback):
         self.exact_rows = exact_rows
         self.teacher = TeacherDistance(teacher_rows, teacher_steps)
         self.picture = picture
-        self.latest: dict[str, float] = {}
-        """Values of the last full window."""
         self._sums: Tensor | None = None
         self._strategy: Any = None
         self._histogram = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64)
@@ -192,7 +190,6 @@ class DiagnosticsCallback(StepCallback):
         metrics["speed/images_per_second"] = images / max(now - self._clock, 1e-9)
         metrics["memory/peak_gb"] = peak_memory(pl_module.device) / 2**30
         self._clock, self._counted = now, pl_module.nimg
-        self.latest = metrics
         self._tell_spike(metrics["distance"], pl_module)
         log_metrics(trainer, pl_module.nimg, metrics)
         edges = torch.linspace(*HISTOGRAM_RANGE, HISTOGRAM_BINS + 1).tolist()

@@ -21,6 +21,7 @@ from cm_lightning.callbacks.step import (
 from cm_lightning.evaluation import (
     FeatureExtractor,
     Inception,
+    count_nonfinite,
     load_statistics,
     reference_statistics,
     to_uint8,
@@ -286,8 +287,8 @@ class FIDCallback(StepCallback):
             batch=self.batch,
             device=next(denoiser.parameters()).device,
         ):
-            bad += int((~images.isfinite()).flatten(1).any(1).sum())
-            metric.update(to_uint8(images.nan_to_num()), real=False)
+            bad += count_nonfinite(images)
+            metric.update(to_uint8(images), real=False)
         if bad:
             say(f"{bad} of {len(index)} samples ({sampler.name}) are not finite.")
         return float(metric.compute())

@@ -11,7 +11,7 @@ import torch
 
 from cm_lightning.callbacks.ema import find_ema
 from cm_lightning.callbacks.step import StepCallback, check_interval, check_reach, due, step_of
-from cm_lightning.evaluation import image_grid, save_png, to_uint8
+from cm_lightning.evaluation import grid_columns, image_grid, save_png, to_uint8
 from cm_lightning.loggers import KimgWandbLogger, tolerated
 from cm_lightning.sampling import (
     DEFAULT_SAMPLERS,
@@ -28,7 +28,7 @@ __all__ = ["SamplesCallback"]
 class SamplesCallback(StepCallback):
     """Draw a grid of images with fixed noise into ``<run>/samples/<profile>/<sampler>/``.
 
-    Conditional models draw class 0, 1, 2, ... from left to right, ten to a row or as many as there
+    Conditional models draw class 0, 1, 2, ... from left to right, 16 to a row or as many as there
     are classes. Rank 0 alone draws.
 
     Args:
@@ -96,9 +96,8 @@ class SamplesCallback(StepCallback):
                 batch=64,
                 device=pl_module.device,
             )
-            images = torch.cat([to_uint8(batch.nan_to_num()).cpu() for batch in batches])
-        columns = min(data.num_classes, 16) if data.num_classes else None
-        grid = image_grid(images, columns=columns)
+            images = torch.cat([to_uint8(batch).cpu() for batch in batches])
+        grid = image_grid(images, columns=grid_columns(data.num_classes))
         folder = Path(trainer.default_root_dir) / "samples" / name / sampler.name
         path = folder / f"kimg{pl_module.nimg / 1000:09.2f}.png"
         save_png(path, grid)

@@ -16,11 +16,16 @@ __all__ = ["StepCallback", "check_interval", "check_reach", "due", "log_metrics"
 def check_interval(owner: str, every_kimg: float | None) -> None:
     """Check an interval in kimg.
 
+    Args:
+        owner: Whose it is, as ``fid``.
+        every_kimg: The interval, ``None`` for none.
+
     Raises:
         InputError: If it is neither positive nor ``None``.
     """
     if every_kimg is not None and not every_kimg > 0:
-        raise InputError(f"{owner}: every_kimg must be positive or null, got {every_kimg}.")
+        null = "" if owner == "diagnostics" else " or null"
+        raise InputError(f"{owner}.every_kimg must be positive{null}, got {every_kimg}.")
 
 
 def check_reach(owner: str, samplers: Sequence[Sampler], module: Any) -> None:

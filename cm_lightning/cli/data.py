@@ -100,7 +100,7 @@ def describe(store: ImageStore) -> str:
     lines = [
         f"{store.path}",
         f"  images       {len(store):,} of {store.image_shape} (channels, height, width), "
-        f"{size:,.1f} MB",
+        f"{size:,.1f} MiB",
         f"  fingerprint  {store.fingerprint}",
     ]
     if store.labels is not None:

@@ -192,6 +192,8 @@ def run(options: argparse.Namespace) -> None:
             raise InputError(f"--{name} must be 1 or more, got {value}.")
     if min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
         raise InputError(f"--seeds must be 0 or more, each once, got {options.seeds}.")
+    if options.mid and "fd" not in options.scores:
+        raise InputError("--mid draws Frechet distances: add fd to --scores.")
     if options.guidance == [1.0] and (options.worse or options.worse_ema):
         raise InputError("--worse and --worse_ema belong to --guidance.")
     config, where = read_config(source, options.config)

@@ -215,9 +215,10 @@ def mid_figure(book: Book, path: Path) -> None:
         sampling = rows[0]["sampling"]
         levels = sampling.removeprefix("sigmas ").split()
         if sampling.startswith("sigmas ") and len(levels) == 2 and levels[0] == "80":
-            mean = sum(row["fd"] for row in rows) / len(rows)
+            found = [row["fd"] for row in rows if "fd" in row]
             label = f"{rows[0]['ema']}{guidance_words(rows[0])}"
-            curves.setdefault(label, []).append((float(levels[1]), mean))
+            if found:
+                curves.setdefault(label, []).append((float(levels[1]), sum(found) / len(found)))
     for label, points in curves.items():
         axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
     axis.set_xscale("log")

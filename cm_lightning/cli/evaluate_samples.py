@@ -16,6 +16,7 @@ from cm_lightning.data import ImageDataModule
 from cm_lightning.documents import build, read_mapping
 from cm_lightning.evaluation import (
     FeatureExtractor,
+    count_nonfinite,
     load_statistics,
     reference_statistics,
     to_uint8,
@@ -146,11 +147,12 @@ def prepare_reference(against: Against, options: argparse.Namespace, fabric: L.F
         )
     real = None
     if {"kid", "prc"} & set(options.scores) and data is not None and fabric.is_global_zero:
-        images = torch.from_numpy(data.store.images)
+        images = data.store.images  # mapped for reading alone
+        parts = (images[i : i + options.batch] for i in range(0, len(images), options.batch))
         real = torch.cat(
             [
-                extract(extractor, images[i : i + options.batch].to(fabric.device)).features
-                for i in range(0, len(images), options.batch)
+                extract(extractor, torch.from_numpy(part.copy()).to(fabric.device)).features
+                for part in parts
             ]
         )
     return Reference(statistics, real, None if data is None else len(data.store))
@@ -197,8 +199,8 @@ def draw(
             batch=options.batch,
             device=fabric.device,
         ):
-            bad += int((~batch.isfinite()).flatten(1).any(1).sum())
-            images = to_uint8(batch.nan_to_num())
+            bad += count_nonfinite(batch)
+            images = to_uint8(batch)
             outputs = extract(against.extractor, images)
             logits = torch.empty(len(images), 0) if outputs.logits is None else outputs.logits
             kept = images.cpu() if keep else torch.empty(len(images), 0, dtype=torch.uint8)

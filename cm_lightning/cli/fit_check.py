@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cm_lightning.callbacks import CheckpointCallback, EMACallback, FIDCallback
+from cm_lightning.callbacks import CheckpointCallback, FIDCallback
 from cm_lightning.cli.fit_run import starting
 
 if TYPE_CHECKING:
@@ -32,11 +32,6 @@ def check(cli: FitCLI) -> None:
     print(check_report(cli, seconds, values))
 
 
-def megabytes(size: float) -> str:
-    """A number of bytes in words."""
-    return f"{size / 2**20:,.0f} MB"
-
-
 def check_report(cli: FitCLI, seconds: float, values: dict[str, float]) -> str:
     """What a run of this config would need.
 
@@ -46,20 +41,19 @@ def check_report(cli: FitCLI, seconds: float, values: dict[str, float]) -> str:
         values: Frechet distances of the tiny evaluation.
     """
     from cm_lightning.callbacks.diagnostics import peak_memory
+    from cm_lightning.callbacks.memory import estimate_memory
 
     module, data = cli.model, cli.datamodule
     parameters = sum(p.numel() for p in module.denoiser.parameters())
-    profiles = len(next(c for c in cli.trainer.callbacks if isinstance(c, EMACallback)).names)  # type: ignore[attr-defined]
-    fixed = megabytes(parameters * 4 * (4 + profiles))
-    peak = megabytes(peak_memory(module.device))
+    estimate = estimate_memory(cli.trainer, module)
+    peak = f"peak {peak_memory(module.device) / 2**30:.2f} GiB in this step"
     steps = -(-module.total_nimg // data.global_batch)
     shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items()) or "switched off"
     return "\n".join(
         [
             f"{type(module).__name__}: everything was built and one step was trained.",
             f"  parameters  {parameters:,}",
-            f"  memory      {fixed} for weights, gradients, optimizer and {profiles} EMA; "
-            f"peak {peak} in this step",
+            f"  memory      {peak if estimate is None else f'{estimate}; {peak}'}",
             f"  data        {len(data.store):,} images {data.image_shape}, "
             f"{data.num_classes} classes",
             f"  length      {module.total_kimg:g} kimg, {steps:,} steps of {data.global_batch}",

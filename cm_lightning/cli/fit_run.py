@@ -21,7 +21,7 @@ from cm_lightning.files import is_intact
 from cm_lightning.loggers import KimgWandbLogger
 from cm_lightning.regimes import ConsistencyModule
 from cm_lightning.types import InputError, TrainingStopped
-from cm_lightning.weights import check_weights, read_checkpoint, save_weights
+from cm_lightning.weights import averages_of, check_weights, read_checkpoint, save_weights
 
 if TYPE_CHECKING:
     from cm_lightning.cli.fit import FitCLI
@@ -101,7 +101,7 @@ def leave_at_once() -> None:
 def is_finished(run_dir: Path, checkpoint: dict[str, Any], total_nimg: int) -> bool:
     """Whether a run reached its end and wrote its record and its weights."""
     nimg = checkpoint["cm_lightning"]["nimg"]
-    names = checkpoint["callbacks"]["EMACallback"]["averages"]
+    names = averages_of(checkpoint)
     record = run_record(run_dir).get("results", {})
     return (
         nimg >= total_nimg

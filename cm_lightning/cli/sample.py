@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 
 from cm_lightning.cli.errors import CommandParser, finite, readable_errors, whole
-from cm_lightning.evaluation import image_grid, save_npz, save_png, to_uint8
+from cm_lightning.evaluation import (
+    count_nonfinite,
+    grid_columns,
+    image_grid,
+    save_npz,
+    save_png,
+    to_uint8,
+)
 from cm_lightning.sampling import (
     GuidedDenoiser,
     HeunSampler,
@@ -210,7 +217,9 @@ def run(options: argparse.Namespace) -> None:
 
     for folder, model in models.items():
         out = Path(options.out) / folder
-        batches = draw_images(
+        parts: list[torch.Tensor] = []
+        bad = 0
+        for batch in draw_images(
             model.to(device).eval(),
             sampler,
             range(options.n),
@@ -219,12 +228,16 @@ def run(options: argparse.Namespace) -> None:
             shape=image_shape(model),
             batch=options.batch,
             device=device,
-        )
-        images = torch.cat([to_uint8(batch).cpu() for batch in batches])
+        ):
+            bad += count_nonfinite(batch)
+            parts.append(to_uint8(batch).cpu())
+        if bad:
+            raise InputError(f"{bad} of {options.n} images of {options.source} are not finite.")
+        images = torch.cat(parts)
         for name, image in zip(pictures, images, strict=False):
             save_png(out / name, image.permute(1, 2, 0).numpy())
         if grid:
-            columns = len(options.labels or range(model.num_classes)) or None
+            columns = grid_columns(len(options.labels or range(model.num_classes)))
             save_png(out / "grid.png", image_grid(images, columns=columns))
         if npz:
             save_npz(out / "samples.npz", images, labels)

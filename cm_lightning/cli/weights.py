@@ -155,7 +155,6 @@ def phema(options: argparse.Namespace) -> None:
 def write(loaded: Loaded, source: Path, out: Path, layout: str = "safetensors") -> None:
     """Write weights with a model card and say so."""
     denoiser, info, config = loaded
-    info = {key: value for key, value in info.items() if key not in ("format", "version")}
     if layout == "diffusers":
         if len(info.get("phases") or []) > 2:
             raise InputError(

@@ -13,6 +13,7 @@ from cm_lightning.evaluation.figures import (
 )
 from cm_lightning.evaluation.images import (
     count_nonfinite,
+    grid_columns,
     image_grid,
     save_npz,
     save_png,
@@ -31,6 +32,7 @@ __all__ = [
     "Timm",
     "count_nonfinite",
     "diagnostics_figure",
+    "grid_columns",
     "image_grid",
     "load_statistics",
     "read_metrics",

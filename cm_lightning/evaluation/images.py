@@ -17,7 +17,15 @@ from torch import Tensor
 
 from cm_lightning.types import InputError
 
-__all__ = ["count_nonfinite", "image_grid", "replacing", "save_npz", "save_png", "to_uint8"]
+__all__ = [
+    "count_nonfinite",
+    "grid_columns",
+    "image_grid",
+    "replacing",
+    "save_npz",
+    "save_png",
+    "to_uint8",
+]
 
 GREY = 128
 """Grey level between the images of a grid."""
@@ -45,6 +53,15 @@ def to_uint8(x: Tensor) -> Tensor:
 def count_nonfinite(x: Tensor) -> int:
     """Number of images with a NaN or infinite value among ``x``, shape ``(B, ...)``."""
     return int((~x.isfinite()).flatten(1).any(1).sum())
+
+
+def grid_columns(classes: int) -> int | None:
+    """Images per row of a grid whose images are of class 0, 1, 2, ...: 16 at most.
+
+    Args:
+        classes: Number of classes, 0 for none.
+    """
+    return min(classes, 16) or None
 
 
 def image_grid(

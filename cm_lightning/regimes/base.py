@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from abc import abstractmethod
 from typing import Any
 
 import lightning as L
@@ -47,11 +46,10 @@ def radam_cm(parameters: Any) -> Optimizer:
 
 
 class ConsistencyModule(L.LightningModule):
-    """Base of all regimes; a regime implements :meth:`loss` and nothing else.
+    """Base of all regimes: a regime assembles an objective, or has a :meth:`loss` of its own.
 
-    Callbacks rely on few public names: ``denoiser``; ``nimg``, the number of images seen by all
-    ranks; ``skipped``, those whose batches a return to a checkpoint left behind; ``averages``;
-    ``schedule`` and ``gradient_stats`` for the logs. ``nimg`` advances by the global batch right
+    The clock is ``nimg``, the number of images seen by all ranks, with ``skipped``, those whose
+    batches a return to a checkpoint left behind. ``nimg`` advances by the global batch right
     after each optimizer step, before any callback runs. Randomness is a pure function of (seed,
     nimg + skipped, row in the global batch), so a resumed run repeats an uninterrupted one.
 
@@ -190,8 +188,17 @@ class ConsistencyModule(L.LightningModule):
         if self.nimg >= self.total_nimg:
             self.trainer.should_stop = True
 
-    def objective_loss(self, batch: Batch, draw: Draw) -> LossOutput:
-        """The objective's loss with this run's networks: what most regimes return."""
+    def complete(self, batch: Batch) -> Batch:
+        """A batch with all that the objective's leaves need; regimes may add to it."""
+        return batch
+
+    def loss(self, batch: Batch, draw: Draw) -> LossOutput:
+        """Loss of each image of a batch: the objective's, with this run's networks.
+
+        Args:
+            batch: Images ``(B, C, H, W)`` in [-1, 1], labels, positions in the store.
+            draw: The batch's randomness; ``draw.nimg`` is the clock for schedules.
+        """
         return self.objective(
             self.denoiser,
             self.network("target"),
@@ -199,19 +206,6 @@ class ConsistencyModule(L.LightningModule):
             draw,
             self.network("endpoint"),
         )
-
-    def complete(self, batch: Batch) -> Batch:
-        """A batch with all that the objective's leaves need; regimes may add to it."""
-        return batch
-
-    @abstractmethod
-    def loss(self, batch: Batch, draw: Draw) -> LossOutput:
-        """Loss of each image of a batch.
-
-        Args:
-            batch: Images ``(B, C, H, W)`` in [-1, 1], labels, positions in the store.
-            draw: The batch's randomness; ``draw.nimg`` is the clock for schedules.
-        """
 
     @property
     def stage(self) -> int | None:

@@ -13,7 +13,6 @@ from cm_lightning.objective import (
     Coupling,
     Discretization,
     Distance,
-    Draw,
     Euler,
     Heun,
     Independent,
@@ -26,7 +25,7 @@ from cm_lightning.objective import (
 from cm_lightning.optim import GradientGuard, LearningRate
 from cm_lightning.regimes.base import ConsistencyModule, radam_cm
 from cm_lightning.regimes.checks import check_twin
-from cm_lightning.types import Batch, Denoiser, InputError, LossOutput
+from cm_lightning.types import Denoiser, InputError
 from cm_lightning.weights import Pretrained, start_from
 
 __all__ = ["CD"]
@@ -96,10 +95,6 @@ class CD(ConsistencyModule):
         mean = TeacherMean(network, guidance)
         step = Heun(mean) if solver == "heun" else Euler(mean)
         self.assemble(Objective(discretization, coupling, step, distance, weighting), target)
-
-    def loss(self, batch: Batch, draw: Draw) -> LossOutput:
-        """Loss of each image, ``(B,)``."""
-        return self.objective_loss(batch, draw)
 
 
 def load_teacher(

@@ -12,7 +12,6 @@ from cm_lightning.objective import (
     Coupling,
     Discretization,
     Distance,
-    Draw,
     Euler,
     GrowingGrid,
     Independent,
@@ -23,7 +22,7 @@ from cm_lightning.objective import (
 )
 from cm_lightning.optim import GradientGuard, LearningRate
 from cm_lightning.regimes.base import ConsistencyModule, radam_cm
-from cm_lightning.types import Batch, Denoiser, InputError, LossOutput
+from cm_lightning.types import Denoiser, InputError
 from cm_lightning.weights import Pretrained
 
 __all__ = ["CT", "GridEMA"]
@@ -107,7 +106,3 @@ class CT(ConsistencyModule):
             target = GridEMA(discretization.spanning(total_kimg))
         solver = Euler(SampleMean())
         self.assemble(Objective(discretization, coupling, solver, distance, weighting), target)
-
-    def loss(self, batch: Batch, draw: Draw) -> LossOutput:
-        """Loss of each image, ``(B,)``."""
-        return self.objective_loss(batch, draw)

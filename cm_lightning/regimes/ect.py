@@ -9,7 +9,6 @@ from cm_lightning.objective import (
     Coupling,
     Discretization,
     Distance,
-    Draw,
     ECTMapping,
     Euler,
     Independent,
@@ -20,7 +19,7 @@ from cm_lightning.objective import (
 )
 from cm_lightning.optim import GradientGuard, LearningRate
 from cm_lightning.regimes.base import ConsistencyModule, radam
-from cm_lightning.types import Batch, Denoiser, LossOutput
+from cm_lightning.types import Denoiser
 from cm_lightning.weights import Pretrained
 
 __all__ = ["ECT"]
@@ -69,7 +68,3 @@ class ECT(ConsistencyModule):
         super().__init__(denoiser, total_kimg, optimizer, learning_rate, gradients, seed, init)
         solver = Euler(SampleMean())
         self.assemble(Objective(discretization, coupling, solver, distance, weighting))
-
-    def loss(self, batch: Batch, draw: Draw) -> LossOutput:
-        """Loss of each image, ``(B,)``."""
-        return self.objective_loss(batch, draw)

@@ -12,7 +12,6 @@ from cm_lightning.objective import (
     Coupling,
     Discretization,
     Distance,
-    Draw,
     ECTMapping,
     Euler,
     GeneratorCoupling,
@@ -28,7 +27,7 @@ from cm_lightning.objective import (
 )
 from cm_lightning.optim import GradientGuard, LearningRate
 from cm_lightning.regimes.base import ConsistencyModule, radam
-from cm_lightning.types import Batch, Denoiser, InputError, LossOutput, References
+from cm_lightning.types import Batch, Denoiser, InputError, References
 from cm_lightning.weights import Pretrained
 
 __all__ = ["SCT"]
@@ -116,10 +115,6 @@ class SCT(ConsistencyModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and self.references.source == "bank":
             data.use_references(self.references, skip=self.posterior.skip is not None)
-
-    def loss(self, batch: Batch, draw: Draw) -> LossOutput:
-        """Loss of each image, ``(B,)``."""
-        return self.objective_loss(batch, draw)
 
     def complete(self, batch: Batch) -> Batch:
         """The batch, with itself as references if they come from there."""

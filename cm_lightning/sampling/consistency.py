@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cm_lightning.sigmas import check_edges
+from cm_lightning.sigmas import LARGEST, SMALLEST, check_edges
 from cm_lightning.types import Denoiser, InputError
 
 __all__ = ["check_eta", "check_sigmas", "image_noise", "multistep", "phased"]
@@ -19,14 +19,13 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
     """Check a sampling grid.
 
     Raises:
-        InputError: If it is empty, has a level that is not positive and finite, or does not
-            decrease.
+        InputError: If it is empty, has a level outside 1e-12...1e12, or does not decrease.
     """
     if not sigmas:
         raise InputError("sigmas is empty: give at least one noise level, such as 80.")
     for sigma in sigmas:
-        if not (0 < sigma < float("inf")):
-            raise InputError(f"sigmas must be positive and finite, got {sigma:g}.")
+        if not SMALLEST <= sigma <= LARGEST:
+            raise InputError(f"sigmas must lie in {SMALLEST:g} to {LARGEST:g}, got {sigma:g}.")
     for larger, smaller in pairwise(sigmas):
         if smaller >= larger:
             raise InputError(f"sigmas must decrease, got {larger:g} followed by {smaller:g}.")

@@ -6,6 +6,7 @@ from cm_lightning.weights.openai import OPENAI_LICENCE, read_openai
 from cm_lightning.weights.portable import (
     Loaded,
     Pretrained,
+    averages_of,
     build_denoiser,
     check_class_paths,
     check_weights,
@@ -24,6 +25,7 @@ __all__ = [
     "EDMNetwork",
     "Loaded",
     "Pretrained",
+    "averages_of",
     "build_denoiser",
     "check_class_paths",
     "check_weights",

@@ -34,6 +34,8 @@ __all__ = [
     "start_from",
 ]
 
+UNKNOWN = "unknown"
+"""Regime and EMA profile of weights that do not name theirs."""
 _FORMAT = 1
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
 _INFO = {
@@ -53,7 +55,8 @@ _CHECKPOINT = {
         "nimg": int,
         "seed": int,
         "regime": str,
-        "data?": str,
+        "data": (str, type(None)),
+        "skipped": int,
         "borrowed": {...: str},
         "nonfinite_steps": int,
         "streak": int,
@@ -67,8 +70,8 @@ class Loaded(NamedTuple):
 
     Attributes:
         denoiser: In eval mode, on the CPU.
-        info: ``regime``, ``ema``, ``kimg``, ``data_fingerprint``, and ``origins``, ``licence`` or
-            the edges of ``phases`` where they are known.
+        info: ``regime`` and ``ema``, ``kimg`` and ``data_fingerprint``, ``None`` if unknown, and
+            ``origins``, ``licence`` or the edges of ``phases`` where they are known.
         config: ``class_path`` and ``init_args`` that build the denoiser.
     """
 
@@ -79,8 +82,8 @@ class Loaded(NamedTuple):
     @property
     def is_diffusion(self) -> bool:
         """Whether it predicts means, as weights that name no regime do by their preconditioning."""
-        named = self.info.get("regime", "Diffusion")
-        return named == "Diffusion" and not isinstance(self.denoiser, ConsistencyPrecond)
+        named = self.info.get("regime", UNKNOWN) in (UNKNOWN, "Diffusion")
+        return named and not isinstance(self.denoiser, ConsistencyPrecond)
 
 
 @dataclass(frozen=True)
@@ -267,16 +270,21 @@ def _load_folder(folder: Path, ema: str | None) -> Loaded:
     path = folder / "config.json"
     try:
         config = read_mapping(path)
-        check_form(config, {"denoiser": dict, **_INFO}, str(path))
+        check_form(config, {"denoiser": dict, "format?": int, **_INFO}, str(path))
     except InputError as error:
         raise InputError(f"{path} is missing or does not describe a network: {error}") from error
+    if config.pop("format", _FORMAT) != _FORMAT:
+        raise InputError(f"{path} has another format than {_FORMAT}, which this version reads.")
+    config.pop("version", None)
     description = config.pop("denoiser")
     if ema is not None and ema != config.get("ema"):
         raise InputError(f"{folder} holds the weights '{config.get('ema')}', not '{ema}'.")
     check_class_paths(description, str(path))
     weights = read_weights(folder / "model.safetensors")
     denoiser = _filled(description, str(path), weights, str(folder))
-    return Loaded(denoiser.eval(), config, description)
+    info: dict[str, Any] = {"regime": UNKNOWN, "ema": UNKNOWN, "kimg": None}
+    info |= {"data_fingerprint": None} | {k: v for k, v in config.items() if v is not None}
+    return Loaded(denoiser.eval(), info, description)
 
 
 def _load_checkpoint(path: Path, config_path: Path, ema: str | None) -> Loaded:

@@ -230,7 +230,7 @@ def test_a_full_disk_and_a_read_only_one(tmp_path, small_disk):
     straight, run = tmp_path / "straight", small_disk / "run"
     finish(command("ect", straight, *words))
     out, err = finish(command("ect", run, *words), code=1)
-    assert "MB are free there); training goes on. The last good one:" in out
+    assert "MiB are free there); training goes on. The last good one:" in out
     assert "3 times in a row. Make room; the last good one:" in err
     assert "Traceback" not in err
     assert all(is_intact(path) for path in checkpoints_of(run))

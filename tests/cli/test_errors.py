@@ -37,7 +37,7 @@ MISTAKES = {
     "network size": ([BACKBONE + ".img_resolution", 7, BACKBONE + ".channel_mult", "[1,1]"], "7"),
     "classes": ([BACKBONE + ".label_dim", 3], "10 classes"),
     "unconditional network": ([BACKBONE + ".label_dim", 0], "built for 0"),
-    "negative sigma": (["--fid.samplers", SIGMAS % [-1]], "positive and finite, got -1"),
+    "negative sigma": (["--fid.samplers", SIGMAS % [-1]], "must lie in 1e-12 to 1e+12, got -1"),
     "rising sigmas": (["--fid.samplers", SIGMAS % [1, 2]], "decrease, got 1 followed by 2"),
     "endless": (["--model.total_kimg", "1e999"], "total_kimg"),
     "optimizer": (["--model.optimizer.lr", -1], "model.optimizer refuses its arguments"),

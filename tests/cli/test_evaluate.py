@@ -164,6 +164,26 @@ def test_weights_without_a_run_need_a_config(run, program, tmp_path):
     assert results(tmp_path / "out")[0]["fd"] == results(run / "eval")[0]["fd"]
 
 
+def test_weights_that_say_nothing_of_themselves(run, program, tmp_path):
+    """All but the network is optional in config.json; a format of the future is refused."""
+    weights = tmp_path / "weights"
+    shutil.copytree(run / "weights" / "ema_0.9", weights)
+    file = weights / "config.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({"denoiser": whole["denoiser"], "kimg": None}))
+    done = program("cm-sample", weights, "--n", 2, "--out", tmp_path / "a")
+    assert done.code == 0, done.err
+    assert "2 images (unknown, unknown, 1 network calls each)" in done.out
+    words = ["--config", run / "config.yaml", "--n", 66, "--seeds", 0, "--sigmas", 80]
+    done = program("cm-eval", weights, *words, "--out", tmp_path / "b")
+    assert done.code == 0, done.err
+    assert program("cm-weights", "export", weights, "--out", tmp_path / "c").code == 0
+    file.write_text(json.dumps(whole | {"format": 2}))
+    done = program("cm-sample", weights, "--n", 2, "--out", tmp_path / "d")
+    assert done.code == 2
+    assert "has another format than 1" in done.err
+
+
 def test_statistics_from_a_file(run, program, tmp_path):
     from cm_lightning.cli.evaluate_samples import read_against
     from cm_lightning.evaluation import reference_statistics
@@ -243,6 +263,7 @@ def test_two_processes_equal_one(run, tmp_path):
         (["--sigmas", "80", "--sigmas", "80"], "asked for twice"),
         (["--mid", "3", "1", "4"], "0 < LOW < HIGH"),
         (["--mid", "3", "x", "4"], "two levels and a number"),
+        (["--mid", "1", "3", "4", "--scores", "prc"], "--mid draws Frechet distances"),
         (["--phases", "4", "--eta", "1.5"], "(0, 1]"),
         (["--phases", "0", "3", "2"], "increase"),
         (["--eta", "0.5"], "--eta belongs to --phases"),

@@ -165,7 +165,7 @@ def test_a_full_disk_is_survived_for_a_while(fit, straight, tmp_path, monkeypatc
     assert done.code == 0, done.err
     assert done.out.count("could not be written") == 2
     assert "No space left on device; " in done.out
-    assert "MB are free there); training goes on. The last good one:" in done.out
+    assert "MiB are free there); training goes on. The last good one:" in done.out
     assert not list((run / "checkpoints").glob(".*"))
     assert_equal_runs(run, straight)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cm_lightning.weights import from_pretrained, load_weights
 from tests.cli.test_errors import content, run_dir  # noqa: F401  (fixture)
@@ -145,7 +147,10 @@ MISTAKES = {
     "twice": ({}, ["--guidance", "2", "2", "--worse_ema", "live"], "twice"),
     "guide alone": ({}, ["--worse_ema", "live"], "belong to --guidance"),
     "nothing there": ({"source": "nowhere"}, [], "no run directory, checkpoint or weights"),
-    "negative": ({}, ["--sigmas", "-1"], "positive and finite, got -1"),
+    "negative": ({}, ["--sigmas", "-1"], "must lie in 1e-12 to 1e+12, got -1"),
+    "beyond fp32": ({}, ["--sigmas", "1e39"], "must lie in 1e-12 to 1e+12, got 1e+39"),
+    "an edge beyond fp32": ({}, ["--phases", "0", "1e39"], "must increase and be 1e+12 at most"),
+    "a million phases": ({}, ["--phases", "1000000"], "phases must be 1 to 100, got 1000000"),
     "rising": ({}, ["--sigmas", "0.8", "80"], "decrease"),
     "label": ({}, ["--labels", "10"], "0..9"),
     "number": ({}, ["--n", "0"], "1 or more"),
@@ -166,6 +171,17 @@ def test_mistakes(program, run_dir, tmp_path, case):  # noqa: F811
     assert done.code == 2
     assert words in done.err
     assert "Traceback" not in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_are_not_finite_are_not_written(program, run_dir, tmp_path):  # noqa: F811
+    weights = tmp_path / "weights"
+    shutil.copytree(run_dir / "weights" / "ema_0.9", weights)
+    tensors = load_file(weights / "model.safetensors")
+    save_file({k: v * 1e30 for k, v in tensors.items()}, weights / "model.safetensors")
+    done = program("cm-sample", weights, "--n", 3, "--grid", "--out", tmp_path / "out")
+    assert done.code == 2
+    assert f"3 of 3 images of {weights} are not finite" in done.err
     assert not (tmp_path / "out").exists()
 
 

@@ -5,6 +5,7 @@ from PIL import Image
 
 from cm_lightning.evaluation import (
     count_nonfinite,
+    grid_columns,
     image_grid,
     save_npz,
     save_png,
@@ -32,6 +33,10 @@ def test_quantisation_inverts_the_scaling_of_stored_images(dtype):
 def test_quantisation_of_values_that_are_no_numbers():
     x = torch.tensor([float("nan"), float("inf"), -float("inf")])
     assert to_uint8(x).tolist() == [0, 255, 0]
+
+
+def test_a_row_of_a_grid_is_the_classes_or_16_of_them():
+    assert [grid_columns(classes) for classes in (0, 1, 10, 16, 1000)] == [None, 1, 10, 16, 16]
 
 
 def test_count_nonfinite_counts_images():

@@ -11,7 +11,6 @@ from cm_lightning.ema import (
     PowerEMA,
     posthoc_coefficients,
     power_exponent,
-    power_std,
     update_average,
 )
 from cm_lightning.types import InputError
@@ -34,7 +33,8 @@ WIDTHS = {
 @pytest.mark.parametrize(("std", "gamma"), WIDTHS.items())
 def test_power_exponent_table_and_inverse(std, gamma):
     assert power_exponent(std) == pytest.approx(gamma, abs=6e-7)
-    assert power_std(gamma) == pytest.approx(std, rel=1e-6)
+    width = (gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5)
+    assert width == pytest.approx(std, rel=1e-6)
 
 
 def test_halflife_values():
