@@ -191,6 +191,56 @@ _NAMES = {
 }
 
 
+_allowed: list[str] = []
+
+
+def allow_modules(*packages: str) -> None:
+    """Let files of weights and data name classes of these packages, besides this one's.
+
+    Importing a package runs its code: name those that you trust. Each call replaces the one before.
+
+    Args:
+        packages: Names such as ``my_package`` or ``my_package.networks``.
+
+    Raises:
+        InputError: If one is no name of a package.
+    """
+    for name in packages:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise InputError(
+                f"--allow_modules takes names of packages separated by commas, got '{name}'."
+            )
+    _allowed[:] = packages
+
+
+def check_class_paths(node: Any, where: str) -> None:
+    """Check that a config names classes of this package, and of those allowed, alone.
+
+    Args:
+        node: Any part of a config.
+        where: The file it comes from, for messages.
+
+    Raises:
+        InputError: If it names another one.
+    """
+    if isinstance(node, Mapping):
+        path = node.get("class_path")
+        if isinstance(path, str) and "." in path:
+            names = ("cm_lightning", *_allowed)
+            if not any(path.startswith(f"{name}.") for name in names):
+                raise InputError(
+                    f"{where} names the class '{path}': classes come from {', '.join(names)} "
+                    "alone, because importing a package runs its code. If you trust this one, add "
+                    f"--allow_modules {path.split('.')[0]} to the command line (in Python call "
+                    "cm_lightning.weights.allow_modules)."
+                )
+        for value in node.values():
+            check_class_paths(value, where)
+    elif isinstance(node, list):
+        for value in node:
+            check_class_paths(value, where)
+
+
 def build(types: Mapping[str, Any], content: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Make objects as a config describes them.
 

@@ -26,7 +26,29 @@ __all__ = [
     "is_intact",
     "read_pickled_arrays",
     "read_weights",
+    "save_tensors",
 ]
+
+
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file whole or not at all, readable for those who may read its folder.
+
+    Args:
+        tensors: Tensors by name, on the CPU.
+        path: The file.
+        metadata: Texts for its header.
+    """
+    from safetensors.torch import save_file
+
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    mode = partial.stat().st_mode  # safetensors' own files are for their owner alone
+    save_file(tensors, partial, metadata)
+    partial.chmod(mode)
+    os.replace(partial, path)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], head: str = "") -> str:

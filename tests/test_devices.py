@@ -38,7 +38,9 @@ from cm_lightning.sampling import (
     HeunSampler,
     MultistepSampler,
     PhasedSampler,
+    consistency,
     draw_images,
+    ode,
     samplers,
 )
 from cm_lightning.transfer import constant
@@ -247,6 +249,8 @@ def test_samples_and_their_features(name, gpu, monkeypatch):
             return real_sigmas(*args)
 
     monkeypatch.setattr(samplers, "karras_sigmas", sigmas)
+    for module in (consistency, ode):  # fake labels have no values to look at
+        monkeypatch.setattr(module, "check_labels", lambda *_: None)
     denoiser = GuidedDenoiser(network().eval(), network().eval(), 1.5).to(CUDA)
     features = DigitsFeatures()
     features.load()

@@ -266,7 +266,7 @@ class DiagnosticsCallback(StepCallback):
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Draw ``diagnostics.png``."""
         path = Path(trainer.default_root_dir) / "metrics.csv"
-        if not self.picture or not trainer.is_global_zero or not trainer.loggers:
+        if not self.picture or not trainer.is_global_zero or not path.is_file():
             return
         figure = diagnostics_figure(read_metrics(path), path.parent.name)
         if figure is not None:

@@ -266,7 +266,10 @@ def start_summary(trainer: L.Trainer, pl_module: Any, resumed_from: str | None) 
 def end_summary(trainer: L.Trainer, pl_module: Any, seconds: float) -> str:
     """Best Frechet distances and the paths of pictures, metrics, config and weights."""
     run_dir = Path(trainer.default_root_dir)
-    lines = [f"Finished at {pl_module.nimg / 1000:g} kimg after {seconds / 60:.1f} minutes."]
+    kimg, total = pl_module.nimg / 1000, pl_module.total_kimg
+    over = pl_module.nimg >= pl_module.total_nimg
+    end = f"Finished at {kimg:g} kimg" if over else f"Ended at {kimg:g} of {total:g} kimg"
+    lines = [f"{end} after {seconds / 60:.1f} minutes."]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, FIDCallback):
             for key, value in callback.last.items():
@@ -274,6 +277,8 @@ def end_summary(trainer: L.Trainer, pl_module: Any, seconds: float) -> str:
                 lines.append(f"  {key:<32} {value:9.4g}   best {best:.4g} at {kimg:g} kimg")
         if isinstance(callback, SamplesCallback):
             lines += [f"  picture    {path}" for path in callback.paths.values()]
-    lines += [f"  metrics    {run_dir / 'metrics.csv'}", f"  config     {run_dir / 'config.yaml'}"]
+    if (run_dir / "metrics.csv").is_file():
+        lines.append(f"  metrics    {run_dir / 'metrics.csv'}")
+    lines.append(f"  config     {run_dir / 'config.yaml'}")
     lines += [f"  checkpoint {path}" for path in checkpoints_of(run_dir)[:1]]
     return "\n".join(lines)

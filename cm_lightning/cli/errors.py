@@ -9,14 +9,14 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 from cm_lightning.cli.modules import refusal
-from cm_lightning.documents import one_line
+from cm_lightning.documents import allow_modules, one_line
 from cm_lightning.types import InputError
 
 __all__ = [
@@ -127,6 +127,24 @@ def finite(text: str) -> float:
 
 class CommandParser(argparse.ArgumentParser):
     """Parser of a command without a config; its errors are one sentence."""
+
+    def add_allow_modules(self) -> None:
+        """Add the option for networks and features of other packages."""
+        self.add_argument(
+            "--allow_modules",
+            metavar="NAMES",
+            help="packages besides this one whose classes the files may name",
+        )
+
+    def parse_args(self, *args: Any, **options: Any) -> Any:
+        """Parse, and allow the packages that were named."""
+        found = super().parse_args(*args, **options)
+        names = getattr(found, "allow_modules", None)
+        try:
+            allow_modules(*(names.split(",") if names else []))
+        except InputError as error:
+            self.error(str(error))
+        return found
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong and exit with code 2."""

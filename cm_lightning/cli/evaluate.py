@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "guidance scale, sampler and seed, and write eval.json, eval.md and, on request, the "
         "samples. Called again, it continues. Data, features and samplers are those of the run.",
     )
+    parser.add_allow_modules()
     add = parser.add_argument
     add("source", help="run directory, .ckpt file of a run, or weights folder")
     add("--config", help="YAML with `data` and `fid`, for weights without a run or other features")

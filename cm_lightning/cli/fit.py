@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -87,9 +88,13 @@ _IDLE = (
 class FitParser(Parser):
     """The parser, which can say what every key takes."""
 
+    folder = "."
+    """Where the command was given; while a config is read, its own folder is the current one."""
+
     def explain(self) -> str | None:
         """The first value that does not fit its key."""
-        return misfit(sys.argv[1:], GROUPS, SCALARS)
+        with contextlib.chdir(self.folder):
+            return misfit(sys.argv[1:], GROUPS, SCALARS)
 
 
 class FitCLI(LightningCLI):
@@ -123,7 +128,9 @@ class FitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Add the run's own keys and the callbacks every run has."""
         parser.add_argument("--run_dir", type=str | None, default=None, help="where the run lives")
-        parser.add_argument("--resume", type=str, default="auto", help="auto, never or a .ckpt")
+        parser.add_argument(
+            "--resume", type=str, default="auto", help="auto, never, a .ckpt or a run"
+        )
         parser.add_argument("--check", type=bool, default=False, nargs="?", const=True, help="test")
         parser.add_argument(
             "--allow_modules",
@@ -235,6 +242,7 @@ def main(args: list[str] | None = None) -> None:
         print(fit_help())
         return
     quiet()
+    FitParser.folder = os.getcwd()
     with readable_errors(COMMAND):
         if "--help_all" in argv:
             sys.argv[1:] = ["--help"]

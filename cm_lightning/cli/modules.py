@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jsonargparse import set_parsing_settings
 
+from cm_lightning import documents
 from cm_lightning.types import InputError
 
 __all__ = ["MODULES", "allow_modules", "check_module", "refusal"]
@@ -25,19 +26,14 @@ def allow_modules(argv: list[str]) -> None:
     Raises:
         InputError: If the option names something that is no package.
     """
-    _allowed[:] = MODULES
+    found: list[str] = []
     for number, word in enumerate(argv):
         key, equals, value = word.partition("=")
         if key == "--allow_modules":
             value = value if equals else "".join(argv[number + 1 : number + 2])
-            names = value.split(",")
-            for name in names:
-                if not all(part.isidentifier() for part in name.split(".")):
-                    raise InputError(
-                        "--allow_modules takes names of packages separated by commas, got "
-                        f"'{value}'."
-                    )
-            _allowed.extend(names)
+            found += value.split(",")
+    documents.allow_modules(*found)
+    _allowed[:] = [*MODULES, *found]
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=list(_allowed))
 
 

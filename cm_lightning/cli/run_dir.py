@@ -15,6 +15,7 @@ from cm_lightning.callbacks import newest_intact
 from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.evaluation import read_metrics
 from cm_lightning.types import InputError
+from cm_lightning.weights import newest_of
 
 __all__ = ["RunPlan", "depends_on_micro_batch", "differences", "plan_run", "run_record"]
 
@@ -60,9 +61,9 @@ def plan_run(config: Any, text: str) -> RunPlan:
     if config["check"]:
         return RunPlan(run_dir, None, text, None)
     resume = config["resume"]
-    if resume not in ("auto", "never") and not Path(resume).is_file():
+    if resume not in ("auto", "never") and not Path(resume).exists():
         raise InputError(
-            f"--resume must be auto, never or a checkpoint; there is no file {resume}."
+            f"--resume must be auto, never, a checkpoint or a run; there is no {resume}."
         )
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"--run_dir {run_dir} is a file.")
@@ -82,13 +83,14 @@ def plan_run(config: Any, text: str) -> RunPlan:
         if changed:
             raise InputError(
                 f"--run_dir {run_dir} holds a run of a different config ({'; '.join(changed[:3])}"
-                f"{'; ...' if len(changed) > 3 else ''}): choose another directory."
+                f"{'; ...' if len(changed) > 3 else ''}): choose another directory; with "
+                f"--resume {run_dir} the run goes on there from this one's checkpoint."
             )
         if (run_dir / "metrics.csv").exists():
             read_metrics(run_dir / "metrics.csv")  # rows are dropped from it and added to it
     checkpoint = newest_intact(run_dir) if resume == "auto" else None
     if resume not in ("auto", "never"):
-        checkpoint = Path(resume)
+        checkpoint = newest_of(Path(resume))
     check_writable(run_dir)
     return RunPlan(run_dir, checkpoint, text, run_record(run_dir).get("wandb_id"))
 

@@ -18,6 +18,7 @@ from cm_lightning.evaluation import (
     to_uint8,
 )
 from cm_lightning.sampling import (
+    EulerSampler,
     GuidedDenoiser,
     HeunSampler,
     MultistepSampler,
@@ -43,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Draw images from a trained model. Without --grid or --npz every image "
         "becomes a PNG file. Image i depends on the seed, the sigmas and its label alone.",
     )
+    parser.add_allow_modules()
     add = parser.add_argument
     add("source", help="run directory, .ckpt file of a run, or weights folder")
     add(
@@ -64,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="STEPS",
         help="EDM's sampler instead, for diffusion models",
     )
+    add("--euler", type=whole(10_000), metavar="STEPS", help="first-order sampler instead")
     add("--n", type=whole(), default=64, help="number of images [64]")
     add("--seed", type=whole(2**53), default=0, help="seed of the noise [0]")
     add("--out", required=True, help="folder for the images; existing files are never replaced")
@@ -94,7 +97,8 @@ def main(args: list[str] | None = None) -> None:
 
 def choose_sampler(
     sigmas: list[float] | None,
-    steps: int | None,
+    heun: int | None,
+    euler: int | None,
     phases: list[float] | None = None,
     eta: float = 1.0,
 ) -> Sampler:
@@ -103,12 +107,14 @@ def choose_sampler(
     Raises:
         InputError: If several are given, or one is out of range.
     """
-    if sum(option is not None for option in (sigmas, steps, phases)) > 1:
-        raise InputError("--sigmas, --phases and --heun exclude each other.")
+    if sum(option is not None for option in (sigmas, heun, euler, phases)) > 1:
+        raise InputError("--sigmas, --phases, --heun and --euler exclude each other.")
     if phases is None and eta != 1:
         raise InputError("--eta belongs to --phases.")
-    if steps is not None:
-        return HeunSampler(steps)
+    if heun is not None:
+        return HeunSampler(heun)
+    if euler is not None:
+        return EulerSampler(euler)
     if phases is None:
         return MultistepSampler(tuple(sigmas or (80.0,)))
     if len(phases) > 1:
@@ -202,9 +208,9 @@ def run(options: argparse.Namespace) -> None:
     device = choose_device(options.device)
     denoiser, info, _ = load_weights(options.source, options.ema)
     phases = options.phases
-    if phases is options.sigmas is options.heun is None:
+    if phases is options.sigmas is options.heun is options.euler is None:
         phases = info.get("phases")
-    sampler = choose_sampler(options.sigmas, options.heun, phases, options.eta)
+    sampler = choose_sampler(options.sigmas, options.heun, options.euler, phases, options.eta)
     check_phases(info.get("phases"), [sampler], COMMAND)
     labels = choose_labels(options.labels, denoiser.num_classes, options.n)
     models = guided(denoiser, options)

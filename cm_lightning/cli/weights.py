@@ -71,6 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--std", type=finite, nargs="+", required=True, help="relative widths, a folder each"
     )
     phema.add_argument("--out", required=True, help="folder for them; must not exist")
+    for action in (inspect, export, phema):
+        action.add_allow_modules()
     return parser
 
 

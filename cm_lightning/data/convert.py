@@ -40,7 +40,8 @@ class Transform(NamedTuple):
             ImageNet-64 results of EDM, EDM2, ECT and SCT); ``"pad"``: centred on black;
             ``"resize"``: squashed, bicubic.
         resolution: Height and width, ``None`` for that of the images.
-        channels: 1, 3, or ``None`` for those of the first image.
+        channels: 1, 3, or ``None`` for those of the first image: grey ones among colour are
+            repeated, colour after a grey first one is an error.
     """
 
     mode: Literal["none", "center-crop", "center-crop-dhariwal", "pad", "resize"]
@@ -141,6 +142,11 @@ def _work(
         except Exception as error:  # readers of damaged files raise whatever they stumble over
             broken[row] = f"{files.names[row]} ({type(error).__name__}: {error})"
             continue
+        if shape[0] == 1 and transform.channels is None and image.shape[2] == 3:
+            raise InputError(
+                f"{files.names[row]} has colour, and the first image, {files.names[0]}, is grey: "
+                "give --channels 1 or 3."
+            )
         result = transform(image, files.names[row])
         if result.shape != shape:
             raise InputError(
@@ -181,11 +187,11 @@ def convert(
         raise InputError(f"{out} exists already: choose another --out, or delete it.")
     first = next(_first_good(files))
     channels = transform.channels or first.shape[2]
-    transform = transform._replace(channels=channels)
+    asked, transform = transform, transform._replace(channels=channels)
     shape = (channels, *transform(first, files.names[0]).shape[1:])
     job = _Job(out, files, transform, shape)
     try:
-        _fill(job, files, transform, shape, workers, say)
+        _fill(job, files, asked if channels == 1 else transform, shape, workers, say)
         if job.broken and not skip_corrupt:
             listed = "; ".join(list(job.broken.values())[:20])
             raise InputError(
@@ -288,6 +294,8 @@ class _Job:
         try:
             found = read_mapping(progress)
             check_form(found, {"identity": dict, "done": int, "broken": {...: str}}, str(progress))
+            if found["identity"] != self.identity:
+                return found
             with self.path.open("rb") as file:
                 start = _header_length(file)
             size = self.path.stat().st_size

@@ -177,10 +177,11 @@ class ImageDataModule(L.LightningDataModule):
             )
         micro = share if self.micro_batch is None else min(self.micro_batch, share)
         if share % micro:
-            fitting = " or ".join(str(m) for m in range(1, micro + 1) if share % m == 0)
+            below = max(m for m in range(1, micro) if share % m == 0)
+            above = min(m for m in range(micro, share + 1) if share % m == 0)
             raise InputError(
                 f"data.micro_batch {micro} does not divide the {share} images per device "
-                f"(global_batch {self.global_batch} / {world}): use {fitting}."
+                f"(global_batch {self.global_batch} / {world}): use {below} or {above}."
             )
         return BatchPlan(self.global_batch, world, micro, share // micro)
 

@@ -304,8 +304,10 @@ def _read_info(path: Path) -> dict[str, Any]:
     try:
         info = read_mapping(path / "store.json")
     except InputError as error:
+        why = "store.json is damaged" if (path / "store.json").is_file() else "no store.json in it"
         raise InputError(
-            f"{path} is not an image store, store.json cannot be read: delete it to rebuild."
+            f"{path} is no image store ({why}): cm-data convert makes one from a folder of "
+            "images, an archive or a published data set."
         ) from error
     check_form(info, _FORM, str(path / "store.json"))
     if info["format"] != FORMAT or len(info["shape"]) != 4:

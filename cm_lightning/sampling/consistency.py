@@ -12,7 +12,7 @@ from torch import Tensor
 from cm_lightning.sigmas import LARGEST, SMALLEST, check_edges
 from cm_lightning.types import Denoiser, InputError
 
-__all__ = ["check_eta", "check_sigmas", "image_noise", "multistep", "phased"]
+__all__ = ["check_eta", "check_labels", "check_sigmas", "image_noise", "multistep", "phased"]
 
 
 def check_sigmas(sigmas: Sequence[float]) -> None:
@@ -29,6 +29,33 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
     for larger, smaller in pairwise(sigmas):
         if smaller >= larger:
             raise InputError(f"sigmas must decrease, got {larger:g} followed by {smaller:g}.")
+
+
+def check_labels(denoiser: Denoiser, labels: Tensor | None, n: int) -> None:
+    """Check labels before they are used.
+
+    Args:
+        denoiser: The model; one without classes is asked nothing.
+        labels: Class indices, or ``None``.
+        n: Number of images.
+
+    Raises:
+        InputError: If they are no whole numbers ``(n,)``, or outside -1 ("no class") and the
+            model's classes.
+    """
+    if labels is None or not denoiser.num_classes:
+        return
+    whole = isinstance(labels, Tensor) and not labels.is_floating_point()
+    if not whole or labels.shape != (n,):
+        found = f"shape {tuple(labels.shape)}" if whole else "other values"
+        raise InputError(
+            f"labels must be a tensor of {n} whole numbers, one per image, got {found}."
+        )
+    if n and not -1 <= int(labels.min()) <= int(labels.max()) < denoiser.num_classes:
+        raise InputError(
+            f"labels must lie in 0..{denoiser.num_classes - 1}, or be -1 for no class, got "
+            f"{int(labels.min())} to {int(labels.max())}."
+        )
 
 
 def image_noise(seed: int, index: Sequence[int], steps: int, shape: Sequence[int]) -> Tensor:
@@ -81,9 +108,11 @@ def multistep(
         Images ``(B, C, H, W)`` in about [-1, 1], in the dtype of the noise.
 
     Raises:
-        InputError: If the levels are not positive and decreasing, or fewer noises than levels.
+        InputError: If the levels are not positive and decreasing, if there are fewer noises than
+            levels, or if labels are not the model's.
     """
     check_sigmas(sigmas)
+    check_labels(denoiser, labels, noise.shape[1])
     if len(noise) < len(sigmas):
         raise InputError(f"{len(sigmas)} sigmas need as many noise tensors, got {len(noise)}.")
     x = torch.zeros_like(noise[0], dtype=torch.float64)
@@ -132,9 +161,11 @@ def phased(
         Images ``(B, C, H, W)`` in the dtype of the noise.
 
     Raises:
-        InputError: If the edges do not start at 0 and increase, or eta is outside (0, 1].
+        InputError: If the edges do not start at 0 and increase, if eta is outside (0, 1], or if
+            labels are not the model's.
     """
     check_edges(edges)
+    check_labels(denoiser, labels, len(noise))
     check_eta(eta)
     sigma = float(edges[-1])
     x = sigma * noise.double()

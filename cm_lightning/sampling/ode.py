@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cm_lightning.sampling.consistency import check_labels
 from cm_lightning.types import Denoiser
 
 __all__ = ["euler", "heun"]
@@ -28,7 +29,11 @@ def euler(
 
     Returns:
         Images ``(B, C, H, W)`` in the dtype of the noise.
+
+    Raises:
+        InputError: If labels are not the model's.
     """
+    check_labels(denoiser, labels, len(noise))
     grid: list[float] = [*sigmas.double().tolist(), 0.0]
     x = noise.double() * grid[0]
     for here, there in pairwise(grid):
@@ -51,7 +56,11 @@ def heun(denoiser: Denoiser, noise: Tensor, sigmas: Tensor, labels: Tensor | Non
 
     Returns:
         Images ``(B, C, H, W)`` in the dtype of the noise.
+
+    Raises:
+        InputError: If labels are not the model's.
     """
+    check_labels(denoiser, labels, len(noise))
 
     def slope(x: Tensor, sigma: float) -> Tensor:
         return _slope(denoiser, x, sigma, labels, noise.dtype)

@@ -1,5 +1,6 @@
 """Reading and writing weights, safely."""
 
+from cm_lightning.documents import allow_modules, check_class_paths
 from cm_lightning.weights.diffusers import read_diffusers, write_diffusers
 from cm_lightning.weights.edm_pickle import LICENCE, EDMNetwork, read_edm_pickle
 from cm_lightning.weights.openai import OPENAI_LICENCE, read_openai
@@ -8,10 +9,10 @@ from cm_lightning.weights.portable import (
     Pretrained,
     averages_of,
     build_denoiser,
-    check_class_paths,
     check_weights,
     from_pretrained,
     load_weights,
+    newest_of,
     read_checkpoint,
     save_weights,
     start_from,
@@ -25,6 +26,7 @@ __all__ = [
     "EDMNetwork",
     "Loaded",
     "Pretrained",
+    "allow_modules",
     "averages_of",
     "build_denoiser",
     "check_class_paths",
@@ -34,6 +36,7 @@ __all__ = [
     "load_posthoc",
     "load_public",
     "load_weights",
+    "newest_of",
     "read_checkpoint",
     "read_diffusers",
     "read_edm_pickle",

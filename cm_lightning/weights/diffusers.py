@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cm_lightning.documents import check_form, read_mapping
-from cm_lightning.files import read_weights
+from cm_lightning.files import read_weights, save_tensors
 from cm_lightning.types import InputError
 
 __all__ = ["is_diffusers", "read_diffusers", "write_diffusers"]
@@ -257,8 +257,6 @@ def write_diffusers(folder: Path, config: Mapping[str, Any], weights: Mapping[st
     Raises:
         InputError: If UNet2DModel cannot compute what the network does.
     """
-    from safetensors.torch import save_file
-
     arguments, scheduler = _exportable(config)
     state = {}
     for ours, theirs, kind in _names(arguments):
@@ -312,7 +310,7 @@ def write_diffusers(folder: Path, config: Mapping[str, Any], weights: Mapping[st
         path = folder / place
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    save_file(state, folder / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    save_tensors(state, folder / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
 def _exportable(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

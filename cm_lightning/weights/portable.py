@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cm_lightning.documents import build, check_form, read_mapping
+from cm_lightning.documents import build, check_class_paths, check_form, read_mapping
 from cm_lightning.ema import snapshot_nimg
-from cm_lightning.files import is_intact, read_weights
+from cm_lightning.files import is_intact, read_weights, save_tensors
 from cm_lightning.networks import ConsistencyPrecond
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.version import __version__
@@ -27,7 +27,6 @@ __all__ = [
     "Loaded",
     "Pretrained",
     "build_denoiser",
-    "check_class_paths",
     "from_pretrained",
     "load_weights",
     "save_weights",
@@ -163,29 +162,6 @@ def build_denoiser(config: Mapping[str, Any], where: str) -> Denoiser:
     return denoiser
 
 
-def check_class_paths(node: Any, where: str) -> None:
-    """Check that a config names classes of this package alone.
-
-    Args:
-        node: Any part of a config.
-        where: The file it comes from, for messages.
-
-    Raises:
-        InputError: If it names another one.
-    """
-    if isinstance(node, Mapping):
-        path = node.get("class_path")
-        if isinstance(path, str) and "." in path and not path.startswith("cm_lightning."):
-            raise InputError(
-                f"{where} names the class '{path}'; it may only use classes of cm_lightning."
-            )
-        for value in node.values():
-            check_class_paths(value, where)
-    elif isinstance(node, list):
-        for value in node:
-            check_class_paths(value, where)
-
-
 def save_weights(
     folder: Path, denoiser: Mapping[str, Any], weights: Mapping[str, Tensor], info: dict[str, Any]
 ) -> None:
@@ -197,13 +173,9 @@ def save_weights(
         weights: State dict of the denoiser, fp32.
         info: What else to record: regime, EMA profile, kimg, data fingerprint.
     """
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
-    partial = folder / ".model.safetensors.partial"
-    save_file(tensors, partial)
-    os.replace(partial, folder / "model.safetensors")
+    save_tensors(tensors, folder / "model.safetensors")
     config = {"format": _FORMAT, "version": __version__, "denoiser": denoiser, **info}
     partial = folder / ".config.json.partial"
     partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

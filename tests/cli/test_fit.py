@@ -210,6 +210,43 @@ def test_a_fork_keeps_the_origin_of_its_weights(fit, tmp_path):
     assert "would not be used: the run goes on from" in done.err
 
 
+def test_a_run_goes_on_elsewhere_by_its_name(fit, tmp_path):
+    """Where its own directory refuses another length, and says so."""
+    assert fit(tmp_path / "a").code == 0
+    longer = ["--model.total_kimg", 0.96]
+    done = fit(tmp_path / "a", *longer)
+    assert done.code == 2
+    assert f"with --resume {tmp_path / 'a'} the run goes on there" in done.err
+    done = fit(tmp_path / "b", *longer, "--resume", tmp_path / "a")
+    assert done.code == 0, done.err
+    assert "at 0.64 kimg" in done.out
+    assert "Finished at 0.96 kimg" in done.out
+
+
+def test_a_run_that_ends_before_its_first_row_has_weights(fit, tmp_path):
+    done = fit(tmp_path / "a", "--trainer.max_steps", 1, "--fid.every_kimg", "null")
+    assert done.code == 0, done.err
+    assert "Ended at 0.064 of 0.64 kimg" in done.out
+    assert not (tmp_path / "a/metrics.csv").exists()
+    weights = tmp_path / "a/weights/ema_0.9"
+    modes = {path.stat().st_mode for path in weights.iterdir()}
+    assert len(modes) == 1  # readable for those who may read the rest
+
+
+def test_a_class_that_does_not_exist_is_named_wherever_its_file_lies(
+    program, tmp_path, monkeypatch
+):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/x.yaml").write_text("model: {class_path: EKT}")
+    (tmp_path / "ect.yaml").write_text((ROOT / "configs/ect_digits.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    for files in (["there/x.yaml"], ["ect.yaml", "there/x.yaml"]):
+        words = [word for file in files for word in ("--config", file)]
+        done = program("cm-fit", *words, "--check")
+        assert done.code == 2
+        assert "model: there is no class 'EKT' (in there/x.yaml)" in done.err
+
+
 def test_a_run_that_lightning_ends_has_a_checkpoint(fit, tmp_path):
     words = ["--checkpoints.every_kimg", 9]
     assert fit(tmp_path / "straight", *words).code == 0

@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from cm_lightning.types import InputError
+from cm_lightning.weights import allow_modules, from_pretrained
+from tests.cli.conftest import DIGITS
+
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
@@ -74,3 +78,56 @@ def test_a_package_is_allowed_by_name(fit, tmp_path, package):
     assert package.exists()
     refused = fit(tmp_path / "two", "--allow_modules", "/tmp/x.py")
     assert "names of packages separated by commas, got '/tmp/x.py'" in refused.err
+
+
+OWN = """
+import torch
+from torch import nn
+
+
+class Tiny(nn.Module):
+    \"\"\"The interface of a backbone: scaled images, c_noise and rows of a one-hot matrix.\"\"\"
+
+    def __init__(self, img_resolution: int = 8, in_channels: int = 1, label_dim: int = 10):
+        super().__init__()
+        self.img_resolution, self.in_channels = img_resolution, in_channels
+        self.label_dim = label_dim
+        self.first = nn.Conv2d(in_channels, 8, 3, padding=1)
+        self.told = nn.Linear(label_dim + 1, 8)
+        self.last = nn.Conv2d(8, in_channels, 3, padding=1)
+
+    def forward(self, x, noise, labels):
+        told = self.told(torch.cat([labels, noise.reshape(-1, 1)], 1))
+        return self.last(torch.relu(self.first(x) + told[:, :, None, None]))
+"""
+
+
+def test_a_network_of_your_own_from_training_to_tuning(program, tmp_path, package):
+    """Trained, sampled, evaluated, exported, loaded in Python, and started from."""
+    (tmp_path / "path/stranger/__init__.py").write_text(OWN)
+    words = ["--config", DIGITS, "--model.denoiser.backbone", "stranger.Tiny", "--fid.n", 66]
+    words += ["--allow_modules", "stranger", "--model.total_kimg", 0.064, "--samples.n", 4]
+    run, weights = tmp_path / "run", tmp_path / "weights"
+    done = program("cm-fit", *words, "--run_dir", run)
+    assert done.code == 0, done.err
+    commands = {
+        "cm-sample": [run, "--n", 2, "--out", tmp_path / "pictures"],
+        "cm-eval": [run, "--n", 66, "--seeds", 0, "--sigmas", 80],
+        "cm-weights": ["export", run, "--out", weights],
+    }
+    for name, arguments in commands.items():
+        done = program(name, *arguments)
+        assert done.code == 2
+        assert "names the class 'stranger.Tiny': classes come from cm_lightning alone" in done.err
+        assert "add --allow_modules stranger to the command line" in done.err
+        done = program(name, *arguments, "--allow_modules", "stranger")
+        assert done.code == 0, done.err
+    allow_modules("stranger")
+    assert type(from_pretrained(weights).backbone).__name__ == "Tiny"
+    allow_modules()
+    with pytest.raises(InputError, match="allow_modules"):
+        from_pretrained(weights)
+    done = program("cm-fit", *words, "--run_dir", tmp_path / "tuned", "--model.init.path", weights)
+    assert done.code == 0, done.err
+    done = program("cm-sample", run, "--out", tmp_path / "x", "--allow_modules", "a b")
+    assert "separated by commas, got 'a b'" in done.err

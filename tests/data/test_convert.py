@@ -245,6 +245,28 @@ def test_the_beginning_of_another_conversion_is_not_mixed_in(pictures, tmp_path,
         convert(open_images(source), tmp_path / "out", NONE)
     with pytest.raises(InputError, match="beginning of another conversion"):
         convert(open_images(source), tmp_path / "out", Transform("resize", 8, None))
+    with pytest.raises(InputError, match="beginning of another conversion"):  # of larger images
+        convert(open_images(source), tmp_path / "out", Transform("resize", 64, None))
+
+
+def test_colour_after_a_grey_first_image_is_not_dropped(pictures, tmp_path):
+    images, _ = pictures
+    source = tmp_path / "in"
+    png(source / "a.png", images[0, ..., 0])
+    png(source / "b.png", images[1])
+    with pytest.raises(
+        InputError, match=r"b\.png has colour, and the first image, a\.png, is grey"
+    ):
+        convert(open_images(source), tmp_path / "out", NONE)
+    for channels in (1, 3):
+        store = convert(
+            open_images(source), tmp_path / f"{channels}", NONE._replace(channels=channels)
+        )
+        assert store.image_shape == (channels, 32, 32)
+    (source / "a.png").rename(source / "c.png")  # grey among colour loses nothing
+    store = convert(open_images(source), tmp_path / "again", NONE)
+    assert store.image_shape == (3, 32, 32)
+    assert np.array_equal(store.images[1], np.repeat(images[0, ..., 0][None], 3, 0))
 
 
 def test_corrupt_files_are_named_and_left_out_on_request(pictures, program, tmp_path):

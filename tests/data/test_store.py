@@ -83,7 +83,7 @@ def test_damage_is_seen(tmp_path):
     (tmp_path / "s" / "store.json").write_text("{")
     with pytest.raises(InputError, match=r"store\.json"):
         ImageStore(tmp_path / "s")
-    with pytest.raises(InputError, match="not an image store"):
+    with pytest.raises(InputError, match="no image store"):
         ImageStore(tmp_path / "nowhere")
 
 
