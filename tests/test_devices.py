@@ -249,8 +249,8 @@ def test_samples_and_their_features(name, gpu, monkeypatch):
             return real_sigmas(*args)
 
     monkeypatch.setattr(samplers, "karras_sigmas", sigmas)
-    for module in (consistency, ode):  # fake labels have no values to look at
-        monkeypatch.setattr(module, "check_labels", lambda *_: None)
+    for sampling in (consistency, ode):  # fake labels have no values to look at
+        monkeypatch.setattr(sampling, "check_labels", lambda *_: None)
     denoiser = GuidedDenoiser(network().eval(), network().eval(), 1.5).to(CUDA)
     features = DigitsFeatures()
     features.load()

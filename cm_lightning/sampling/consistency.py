@@ -48,9 +48,7 @@ def check_labels(denoiser: Denoiser, labels: Tensor | None, n: int) -> None:
     whole = isinstance(labels, Tensor) and not labels.is_floating_point()
     if not whole or labels.shape != (n,):
         found = f"shape {tuple(labels.shape)}" if whole else "other values"
-        raise InputError(
-            f"labels must be a tensor of {n} whole numbers, one per image, got {found}."
-        )
+        raise InputError(f"labels must be {n} whole numbers in a tensor, one each, got {found}.")
     if n and not -1 <= int(labels.min()) <= int(labels.max()) < denoiser.num_classes:
         raise InputError(
             f"labels must lie in 0..{denoiser.num_classes - 1}, or be -1 for no class, got "

@@ -233,9 +233,7 @@ def test_a_run_that_ends_before_its_first_row_has_weights(fit, tmp_path):
     assert len(modes) == 1  # readable for those who may read the rest
 
 
-def test_a_class_that_does_not_exist_is_named_wherever_its_file_lies(
-    program, tmp_path, monkeypatch
-):
+def test_an_unknown_class_is_named_wherever_its_file_lies(program, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     (tmp_path / "there/x.yaml").write_text("model: {class_path: EKT}")
     (tmp_path / "ect.yaml").write_text((ROOT / "configs/ect_digits.yaml").read_text())

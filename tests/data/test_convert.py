@@ -254,14 +254,12 @@ def test_colour_after_a_grey_first_image_is_not_dropped(pictures, tmp_path):
     source = tmp_path / "in"
     png(source / "a.png", images[0, ..., 0])
     png(source / "b.png", images[1])
-    with pytest.raises(
-        InputError, match=r"b\.png has colour, and the first image, a\.png, is grey"
-    ):
+    message = r"b\.png has colour, and the first image, a\.png, is grey"
+    with pytest.raises(InputError, match=message):
         convert(open_images(source), tmp_path / "out", NONE)
     for channels in (1, 3):
-        store = convert(
-            open_images(source), tmp_path / f"{channels}", NONE._replace(channels=channels)
-        )
+        transform = Transform("none", None, channels)
+        store = convert(open_images(source), tmp_path / f"{channels}", transform)
         assert store.image_shape == (channels, 32, 32)
     (source / "a.png").rename(source / "c.png")  # grey among colour loses nothing
     store = convert(open_images(source), tmp_path / "again", NONE)

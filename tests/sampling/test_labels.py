@@ -19,7 +19,7 @@ SAMPLERS = {
 WRONG = {
     "too large": (
         torch.full((4,), 3),
-        "labels must lie in 0..2, or be -1 for no class, got 3 to 3",
+        r"lie in 0\.\.2, or be -1 for no class, got 3 to 3",
     ),
     "too small": (torch.tensor([0, 1, -2, 0]), "got -2 to 1"),
     "too few": (torch.zeros(3, dtype=torch.long), r"4 whole numbers in a tensor.*shape \(3,\)"),
