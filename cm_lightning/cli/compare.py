@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -221,8 +222,14 @@ def write_runs(paths: list[Path], out: Path) -> None:
     entries = distinct([read_entry(path) for path in paths])
     if len({entry.path.resolve() for entry in entries}) < len(entries):
         raise InputError("A run is named twice.")
-    reasons = differing(entries)
-    notes = summary(entries, reasons)
+    reasons, left = differing(entries), ""
+    if reasons:
+        with contextlib.suppress(InputError):  # a run without results of its own training
+            trained = distinct([read_entry(path, evaluated=False) for path in paths])
+            if not differing(trained):
+                left = f"Evaluations are left out, as they differ in {'; '.join(reasons)}."
+                entries, reasons = trained, []
+    notes = [*summary(entries, reasons), *([left] if left else [])]
     head, rows = overview(entries, ranked=not reasons and len(entries) > 1)
     panels = all_panels(entries)
     write_text(out / "comparison.md", report(entries, notes, table(head, rows), panels))

@@ -60,8 +60,12 @@ class Entry:
     config: dict[str, Any]
 
 
-def read_entry(path: Path) -> Entry:
-    """Read a run directory; the results of ``cm-eval`` in it take the place of those of training.
+def read_entry(path: Path, evaluated: bool = True) -> Entry:
+    """Read a run directory.
+
+    Args:
+        path: The run directory.
+        evaluated: Whether results of ``cm-eval`` in it take the place of those of training.
 
     Raises:
         InputError: If it is not a run, or has no results yet.
@@ -75,7 +79,7 @@ def read_entry(path: Path) -> Entry:
         ) from error
     rows = read_metrics(path / "metrics.csv")
     found = path / "eval" / "eval.json"
-    if found.is_file():
+    if evaluated and found.is_file():
         content = read_mapping(found)
         check_form(content, RESULTS, str(found))
         distances: dict[str, list[float]] = {}

@@ -158,6 +158,19 @@ def test_results_of_cm_eval_take_over_with_their_spread(runs, program, tmp_path)
     assert f"{mean:.4g} ± {spread:.2g}" in done.out
 
 
+def test_an_evaluation_of_another_size_is_left_out(runs, program, tmp_path):
+    """A quick look at one run does not make the distances of training incomparable."""
+    done = program("cm-compare", *runs, "--out", tmp_path / "before")
+    rows = [line for line in done.out.splitlines() if line.startswith("| seed")]
+    words = ["--n", 40, "--seeds", 0, "--sigmas", 80]
+    assert program("cm-eval", runs[0], *words).code == 0
+    done = program("cm-compare", *runs, "--out", tmp_path / "after")
+    assert done.code == 0, done.err
+    assert "cannot be ranked" not in done.out
+    assert "Evaluations are left out, as they differ in number of samples (seed0: 40," in done.out
+    assert [line for line in done.out.splitlines() if line.startswith("| seed")] == rows
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
