@@ -128,14 +128,18 @@ def report(
     """
     parts = [f"# {', '.join(entry.name for entry in entries)}", *notes, overview_table, "## Runs"]
     for entry in entries:
-        start = entry.record["starts"][-1]
+        start, first = entry.record["starts"][-1], entry.record["starts"][0]
+        parent, again = first.get("resumed_from"), ""
+        if parent:  # a run's own checkpoints are no part of its first start
+            again = f" --resume {parent}"
         git = (start.get("git") or {}).get("commit", "unknown")[:12]
         wandb = entry.record.get("wandb_id")
         parts.append(
             f"- **{entry.name}**: {entry.record['regime']} on {start['device']}, seed "
             f"{entry.record['seed']}, commit {git}"
             + (f", W&B run {wandb}" if wandb else "")
-            + f"; again: `cm-fit --config {entry.path / 'config.yaml'} --run_dir NEW`"
+            + (f", from {parent} at {first.get('kimg', 0):g} kimg" if parent else "")
+            + f"; again: `cm-fit --config {entry.path / 'config.yaml'}{again} --run_dir NEW`"
         )
     parts.append(figure_list(panels))
     parts.append("## By noise level, mean over the last quarter of each run")

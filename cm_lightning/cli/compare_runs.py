@@ -28,6 +28,14 @@ __all__ = [
     "settings",
 ]
 
+_START = {
+    "device": str,
+    "seconds?": float,
+    "git?": {"commit": str},
+    "resumed_from?": str,
+    "kimg?": float,
+}
+
 SAME = {
     "features_sha256": "features",
     "n": "number of samples",
@@ -72,7 +80,9 @@ def read_entry(path: Path, evaluated: bool = True) -> Entry:
     """
     try:
         record = read_mapping(path / "run.json")
-        check_form(record, RECORD, str(path / "run.json"))
+        check_form(record, RECORD | {"seed": int, "starts": [_START]}, str(path / "run.json"))
+        if not record["starts"]:
+            raise InputError("It has no start.")
     except InputError as error:
         raise InputError(
             f"{path} is not a run directory: run.json cannot be read. {error}"

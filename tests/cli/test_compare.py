@@ -158,6 +158,32 @@ def test_results_of_cm_eval_take_over_with_their_spread(runs, program, tmp_path)
     assert f"{mean:.4g} ± {spread:.2g}" in done.out
 
 
+def test_a_run_that_went_on_from_another_says_so(runs, fit, program, tmp_path):
+    parent = runs[0] / "checkpoints" / "nimg000000000320.ckpt"
+    assert fit(tmp_path / "fork", "--resume", parent).code == 0
+    assert program("cm-compare", tmp_path / "fork", runs[1], "--out", tmp_path / "out").code == 0
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert f"from {parent} at 0.32 kimg; again: `cm-fit --config" in text
+    assert f"--resume {parent} --run_dir NEW`" in text
+    assert text.count("--resume") == 1
+
+
+def test_a_damaged_record_is_named(runs, program, tmp_path):
+    path = runs[0] / "run.json"
+    whole = json.loads(path.read_text())
+    for change, words in (
+        ({"starts": []}, "It has no start"),
+        ({"starts": [{"seconds": 1}]}, "lacks 'starts.0.device'"),
+        ({"starts": [{"device": "cpu", "git": "abc"}]}, "starts.0.git"),
+        ({"seed": None}, "seed"),
+    ):
+        path.write_text(json.dumps(whole | change))
+        done = program("cm-compare", *runs, "--out", tmp_path / "out")
+        assert done.code == 2
+        assert "run.json cannot be read" in done.err
+        assert words in done.err
+
+
 def test_an_evaluation_of_another_size_is_left_out(runs, program, tmp_path):
     """A quick look at one run does not make the distances of training incomparable."""
     done = program("cm-compare", *runs, "--out", tmp_path / "before")
