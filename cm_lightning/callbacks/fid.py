@@ -64,14 +64,14 @@ class FIDCallback(StepCallback):
 
     Args:
         features: Feature extractor; ``None`` for Inception, which gives FID as published.
-        samplers: How to draw; all must differ in their number of network calls.
+        samplers: How to draw; their names, as ``nfe2``, must differ.
         every_kimg: Interval in thousands of images, ``None`` to measure at the end alone.
         n: Number of samples, >= 2.
         batch: Images per network call and per pass of the extractor.
         profiles: EMA profiles to measure (``"live"`` for the weights being trained), ``None`` for
             all tracked ones; an empty list switches the callback off.
-        reference: ``"auto"`` for statistics of the training images, cached beside the data store,
-            or the path of an EDM/ADM ``.npz`` with ``mu`` and ``sigma``.
+        reference: ``"auto"`` for statistics of the training images, kept in the data's cache, or
+            the path of an EDM/ADM ``.npz`` with ``mu`` and ``sigma`` or of an EDM2 ``.pkl``.
         accept_reference: Whether to take a reference file that says it was made from other images
             or features.
         seed: Seed of the noise, the same at every evaluation.

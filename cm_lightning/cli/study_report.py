@@ -1,4 +1,4 @@
-"""What a study found: tables of arms, answers to its questions, a figure."""
+"""What a study found: tables of arms and answers to its questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss: five leaves (pair law, coupling, solver, distance, weighting) and their assembly."""
+"""The loss: its five leaves (discretization, coupling, solver, distance, weighting) together."""
 
 from cm_lightning.objective.coupling import (
     Coupled,

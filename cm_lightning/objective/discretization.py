@@ -49,7 +49,7 @@ class LogNormal:
 
     def __post_init__(self) -> None:
         if not self.p_std > 0:
-            raise InputError(f"p_std must be positive, got {self.p_std}.")
+            raise InputError(f"LogNormal: p_std must be positive, got {self.p_std}.")
 
     def sample(self, n: int, device: torch.device, generator: torch.Generator) -> Tensor:
         """Draw ``n`` noise levels, float64, shape ``(n,)``."""

@@ -239,7 +239,7 @@ def check_samplers(samplers: Sequence[Sampler]) -> None:
     if not names:
         raise InputError("samplers is empty: give at least one sampler.")
     if len(set(names)) < len(names):
-        raise InputError(f"samplers must differ in their number of network calls, got {names}.")
+        raise InputError(f"samplers must differ in their names, got {', '.join(names)}.")
 
 
 def check_phases(edges: Sequence[float] | None, samplers: Sequence[Sampler], owner: str) -> None:
