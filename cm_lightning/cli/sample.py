@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import torch
 
+from cm_lightning.callbacks.run_record import write_text
 from cm_lightning.cli.errors import CommandParser, finite, readable_errors, whole
 from cm_lightning.evaluation import (
     count_nonfinite,
@@ -17,6 +19,7 @@ from cm_lightning.evaluation import (
     save_png,
     to_uint8,
 )
+from cm_lightning.files import hash_tensors
 from cm_lightning.sampling import (
     EulerSampler,
     GuidedDenoiser,
@@ -29,11 +32,15 @@ from cm_lightning.sampling import (
 )
 from cm_lightning.sigmas import phase_edges
 from cm_lightning.types import Denoiser, InputError
+from cm_lightning.version import __version__
 from cm_lightning.weights import load_weights
 
 __all__ = ["main"]
 
 COMMAND = "cm-sample"
+
+RECORD = "samples.json"
+"""What the images of a folder are: weights, sampler, guidance, seed, labels."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,7 +76,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--euler", type=whole(10_000), metavar="STEPS", help="first-order sampler instead")
     add("--n", type=whole(), default=64, help="number of images [64]")
     add("--seed", type=whole(2**53), default=0, help="seed of the noise [0]")
-    add("--out", required=True, help="folder for the images; existing files are never replaced")
+    add(
+        "--out",
+        required=True,
+        help="folder for the images and samples.json, their record; existing files stay",
+    )
     add("--labels", type=whole(), nargs="+", help="classes, repeated as needed [0 1 2 ...]")
     add("--ema", help="EMA profile of a run, or live [the run's first profile]")
     add(
@@ -82,7 +93,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--worse_ema", metavar="NAME", help="guide by this profile or snapshot, as ema_0.9999@0.5")
     add("--worse", metavar="RUN", help="guide by another run; without either by missing labels")
     add("--grid", action="store_true", help="write one picture, grid.png")
-    add("--npz", action="store_true", help="write samples.npz (arr_0: uint8, N x H x W x C)")
+    add(
+        "--npz",
+        action="store_true",
+        help="write samples.npz (arr_0: uint8 N x H x W x C, arr_1: labels)",
+    )
     add("--batch", type=whole(), default=64, help="images per network call [64]")
     add("--device", help="cpu, cuda, cuda:1, ... [cuda if there is one]")
     return parser
@@ -219,7 +234,7 @@ def run(options: argparse.Namespace) -> None:
     grid = ["grid.png"] if options.grid else []
     npz = ["samples.npz"] if options.npz else []
     for folder in models:
-        check_out(Path(options.out) / folder, pictures + grid + npz)
+        check_out(Path(options.out) / folder, [*pictures, *grid, *npz, RECORD])
 
     for folder, model in models.items():
         out = Path(options.out) / folder
@@ -247,6 +262,18 @@ def run(options: argparse.Namespace) -> None:
             save_png(out / "grid.png", image_grid(images, columns=columns))
         if npz:
             save_npz(out / "samples.npz", images, labels)
+        record = {
+            "source": str(options.source),
+            **{key: info[key] for key in ("regime", "ema", "kimg")},
+            "weights_sha256": hash_tensors(denoiser.state_dict()),
+            "sampler": str(sampler),
+            "guidance": model.scale,
+            "guided_by": options.worse_ema or options.worse,
+            "seed": options.seed,
+            "labels": None if labels is None else labels.tolist(),
+            "version": __version__,
+        }
+        write_text(out / RECORD, json.dumps(record, indent=2) + "\n")
         age = "" if info["kimg"] is None else f"{info['kimg']:g} kimg, "
         written = [*grid, *npz] or [f"{len(pictures)} PNG files"]
         print(

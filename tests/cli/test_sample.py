@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cm_lightning.files import hash_tensors
 from cm_lightning.weights import from_pretrained, load_weights
 from tests.cli.test_errors import content, run_dir  # noqa: F401  (fixture)
 
@@ -27,7 +28,14 @@ def test_png_files_grid_and_npz(program, run_dir, tmp_path):  # noqa: F811
     assert pixels(tmp_path / "a" / "000005.png").shape == (8, 8)
     both = ("--grid", "--npz", "--out", tmp_path / "b", "--labels", 3, 1)
     assert program("cm-sample", run_dir, "--n", 6, *both).code == 0
-    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["grid.png", "samples.npz"]
+    names = sorted(p.name for p in (tmp_path / "b").iterdir())
+    assert names == ["grid.png", "samples.json", "samples.npz"]
+    record = json.loads((tmp_path / "b" / "samples.json").read_text())
+    assert record["labels"] == [3, 1, 3, 1, 3, 1]
+    assert record["sampler"] == "MultistepSampler(sigmas=(80.0,))"
+    assert (record["seed"], record["ema"], record["guidance"]) == (0, "ema_0.9", 1.0)
+    state = load_weights(run_dir).denoiser.state_dict()
+    assert record["weights_sha256"] == hash_tensors(state)
     arrays = np.load(tmp_path / "b" / "samples.npz")
     assert arrays["arr_0"].shape == (6, 8, 8, 3)
     assert arrays["arr_0"].dtype == np.uint8
