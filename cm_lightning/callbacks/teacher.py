@@ -13,7 +13,6 @@ from cm_lightning.files import hash_tensors
 from cm_lightning.loggers import say
 from cm_lightning.objective import TeacherMean
 from cm_lightning.sampling import (
-    GuidedDenoiser,
     HeunSampler,
     MultistepSampler,
     PhasedSampler,
@@ -43,7 +42,7 @@ def find_teacher(pl_module: Any) -> Denoiser | None:
         return None
     posterior = getattr(objective.solver, "posterior", None)
     if isinstance(posterior, TeacherMean):
-        return GuidedDenoiser(posterior.teacher, None, posterior.guidance)
+        return posterior.teacher
     if pl_module.init is None:
         return None
     with torch.random.fork_rng(devices=[]):  # the network is built with random weights first

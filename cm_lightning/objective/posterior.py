@@ -50,30 +50,19 @@ class SampleMean(PosteriorMean):
 
 @dataclass(frozen=True)
 class TeacherMean(PosteriorMean):
-    r"""A pretrained diffusion model's estimate, optionally guided (CD).
-
-    .. math:: D_w(x, t, c) = D(x, t) + w\,\bigl(D(x, t, c) - D(x, t)\bigr)
-
-    With w = 1 it is :math:`D(x, t, c)` itself, one call instead of two. LCM's and Meng et al.'s
-    w is this one minus 1.
+    """A pretrained diffusion model's estimate (CD).
 
     Args:
-        teacher: The diffusion model, called as it is (in eval mode) and without gradient.
-        guidance: Guidance scale w, >= 0.
+        teacher: The diffusion model, guided or not, called as it is (in eval mode) and without
+            gradient.
     """
 
     teacher: Denoiser
-    guidance: float = 1.0
 
     def __call__(self, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """Denoise with the labels of the batch."""
-        sigma = t.to(x_t.dtype)
         with torch.no_grad():
-            mean: Tensor = self.teacher(x_t, sigma, batch.labels)
-            if self.guidance != 1:
-                assert batch.labels is not None
-                free = self.teacher(x_t, sigma, torch.full_like(batch.labels, -1))
-                mean = free + self.guidance * (mean - free)
+            mean: Tensor = self.teacher(x_t, t.to(x_t.dtype), batch.labels)
         return mean
 
 

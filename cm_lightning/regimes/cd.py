@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch.cli import OptimizerCallable
 
@@ -25,8 +25,9 @@ from cm_lightning.objective import (
 from cm_lightning.optim import GradientGuard, LearningRate
 from cm_lightning.regimes.base import ConsistencyModule, radam_cm
 from cm_lightning.regimes.checks import check_twin
+from cm_lightning.sampling import GuidedDenoiser
 from cm_lightning.types import Denoiser, InputError
-from cm_lightning.weights import Pretrained, start_from
+from cm_lightning.weights import Loaded, Pretrained, start_from
 
 __all__ = ["CD"]
 
@@ -55,7 +56,8 @@ class CD(ConsistencyModule):
         discretization: Law of (t, r). CIFAR-10: 18 levels; ImageNet-64: 40.
         coupling: Law of (x0, z).
         solver: ``"heun"`` (published) or ``"euler"``.
-        guidance: Guidance scale w of the teacher, >= 0; 1 for none.
+        guidance: Guidance scale w of the teacher, >= 0; 1 for none: D(x, t) + w (D(x, t, c) - D(x,
+            t)), with w = 1 in one call. LCM's and Meng et al.'s w is this one minus 1.
         distance: Distance of the two ends, as published LPIPS.
         weighting: Weight of the distance.
         target: Profile of the target network. CIFAR-10: rate 0, which is the student itself;
@@ -88,27 +90,26 @@ class CD(ConsistencyModule):
     ) -> None:
         weights = init if isinstance(init, Pretrained) else None
         super().__init__(denoiser, total_kimg, optimizer, learning_rate, gradients, seed, weights)
-        network, info = load_teacher(denoiser, teacher, guidance)
-        self.borrow("teacher", network, teacher.path, info)
+        loaded = load_teacher(denoiser, teacher)
+        self.borrow("teacher", loaded.denoiser, teacher.path, loaded.info)
         if init == "teacher":
-            start_from(denoiser, network, teacher.path)
-        mean = TeacherMean(network, guidance)
+            start_from(denoiser, loaded.denoiser, teacher.path)
+        try:
+            mean = TeacherMean(GuidedDenoiser(loaded.denoiser, None, guidance))
+        except InputError as error:
+            raise InputError(
+                f"model.guidance {guidance:g} of the teacher {teacher.path}: {error}"
+            ) from error
         step = Heun(mean) if solver == "heun" else Euler(mean)
         self.assemble(Objective(discretization, coupling, step, distance, weighting), target)
 
 
-def load_teacher(
-    denoiser: Denoiser, teacher: Pretrained, guidance: float
-) -> tuple[Denoiser, dict[str, Any]]:
+def load_teacher(denoiser: Denoiser, teacher: Pretrained) -> Loaded:
     """Load a teacher and check that it can teach this student.
 
     Args:
         denoiser: The student.
         teacher: Where the teacher lies.
-        guidance: Guidance scale.
-
-    Returns:
-        The teacher and what its run said about it.
 
     Raises:
         InputError: If it cannot.
@@ -121,30 +122,15 @@ def load_teacher(
             f"cm-fit --config configs/{config}.yaml --run_dir {path}"
         )
     loaded = teacher.load()
-    network, info, _ = loaded
     if not loaded.is_diffusion:
         raise InputError(
-            f"The teacher {path} is no diffusion model: it was trained by {info.get('regime')} "
-            f"and is a {type(network).__name__}."
+            f"The teacher {path} is no diffusion model: it was trained by "
+            f"{loaded.info.get('regime')} and is a {type(loaded.denoiser).__name__}."
         )
-    check_twin(denoiser, network, f"teacher {path}")
+    check_twin(denoiser, loaded.denoiser, f"teacher {path}")
     if dropped := getattr(getattr(denoiser, "backbone", None), "label_dropout", 0):
         raise InputError(
             f"model.denoiser has label_dropout {dropped:g}, but CD's teacher always sees labels: "
             "what the student does without one would not be distilled. Set it to 0."
         )
-    if guidance < 0:
-        raise InputError(f"model.guidance must be 0 or more (1 for none), got {guidance}.")
-    if guidance != 1:
-        backbone = getattr(network, "backbone", None)
-        if not network.num_classes:
-            raise InputError(
-                f"model.guidance is {guidance}, but the teacher {path} is unconditional: guidance "
-                "needs one that was trained with and without labels."
-            )
-        if not getattr(backbone, "label_dropout", 0):
-            raise InputError(
-                f"model.guidance is {guidance}, but the teacher {path} always saw labels: train it "
-                "with label_dropout (0.1, say) in its backbone."
-            )
-    return network, info
+    return loaded

@@ -181,7 +181,7 @@ MISTAKES = {
         ["--model.denoiser.backbone.label_dim", 0, "--data.conditional", "false"],
         "knows 10 classes, model.denoiser 0",
     ),
-    "negative guidance": ("cd", ["--model.guidance", -1], "guidance must be 0 or more"),
+    "negative guidance": ("cd", ["--model.guidance", -1], "guidance scale must be 0 or more"),
     "student as a teacher": ("cd", ["--model.teacher.path", "{run}"], "is no diffusion model"),
     "too many references": ("sct", ["--model.references.n", 500], "asks for 500 references"),
     "references": ("sct", ["--model.references.source", "nowhere"], "nowhere"),
@@ -236,7 +236,7 @@ def test_guidance_needs_a_teacher_that_knows_the_unlabelled_case(train, teacher,
     assert train("diffusion", bare, *short, *free).code == 0
     done = train("cd", tmp_path / "r", "--model.guidance", 2, "--model.teacher.path", bare, *free)
     assert done.code == 2
-    assert "unconditional" in done.err
+    assert "needs a model trained with and without labels" in done.err
 
 
 def test_check_of_sct_leaves_the_cache_alone(train, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from cm_lightning.objective import (
     Uniform,
 )
 from cm_lightning.regimes import CT, ECT, GC, ICT
+from cm_lightning.sampling import GuidedDenoiser
 from cm_lightning.types import Batch, References
 from tests.toys import FunctionDenoiser, TinyDenoiser
 
@@ -228,6 +230,9 @@ def test_cd_with_the_exact_teacher_uses_all_references(denoiser):
 class Labelled(FunctionDenoiser):
     """Two answers: with and without a label."""
 
+    num_classes = 8
+    backbone = SimpleNamespace(label_dropout=0.1)
+
     def __init__(self) -> None:
         super().__init__(None)
         self.calls = 0
@@ -243,20 +248,21 @@ def test_guidance_scale_1_is_no_guidance():
     t = torch.full((8,), 2.0, dtype=torch.float64)
     for scale, calls in ((1.0, 1), (2.5, 2), (0.0, 2)):
         teacher = Labelled()
-        mean = TeacherMean(teacher, scale)(data.x0, t, data)
+        mean = TeacherMean(GuidedDenoiser(teacher, None, scale))(data.x0, t, data)
         labels = data.labels.reshape(-1, 1, 1, 1)
         expected = 0.5 * data.x0 - 7 + scale * (labels + 7)
         torch.testing.assert_close(mean, expected.to(mean.dtype), rtol=1e-5, atol=1e-5)
         assert teacher.calls == calls
     exact = Labelled()(data.x0, t, data.labels)
-    assert torch.equal(TeacherMean(Labelled(), 1.0)(data.x0, t, data), exact)
+    plain = GuidedDenoiser(Labelled(), None, 1.0)
+    assert torch.equal(TeacherMean(plain)(data.x0, t, data), exact)
 
 
 def test_guided_teacher_of_gaussian_data_has_the_guided_mean():
     """Classes N(m_c, s^2), all N(m_u, s^2): guidance is the denoiser of m_u + w (m_c - m_u)."""
     s2, means, w = 0.25, torch.tensor([0.6, -0.4]), 1.7
 
-    class Classes(FunctionDenoiser):
+    class Classes(Labelled):
         def forward(self, x, sigma, labels=None):
             m = torch.where(labels >= 0, means[labels.clamp_min(0)], 0.1).reshape(-1, 1, 1, 1)
             t = sigma.reshape(-1, 1, 1, 1)
@@ -265,7 +271,7 @@ def test_guided_teacher_of_gaussian_data_has_the_guided_mean():
     x = torch.randn(2, 1, 4, 4)
     data = Batch(x, torch.tensor([0, 1]), torch.arange(2))
     t = torch.tensor([0.7, 3.0], dtype=torch.float64)
-    guided = TeacherMean(Classes(None), w)(x, t, data)
+    guided = TeacherMean(GuidedDenoiser(Classes(), None, w))(x, t, data)
     m = (0.1 + w * (means - 0.1)).reshape(-1, 1, 1, 1)
     level = t.float().reshape(-1, 1, 1, 1)
     expected = (s2 * x + level**2 * m) / (s2 + level**2)
