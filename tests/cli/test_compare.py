@@ -12,22 +12,30 @@ import pytest
 
 from cm_lightning.cli.compare import curves, differing, read_entry
 from cm_lightning.cli.compare_figures import at_the_end, level
+from cm_lightning.cli.fit import main
 from cm_lightning.evaluation import read_metrics
-from tests.cli.conftest import ONE_CALL, ROOT, TINY
+from tests.cli.conftest import DIGITS, ONE_CALL, ROOT, TINY
 
 BINS = {"above_10": 4.0, "0.5-2": 2.0, "below_0.5": 1.0, "2-10": 3.0}
 
 
-@pytest.fixture
-def runs(fit, tmp_path):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
     """Two runs of one kind, seeds 0 and 1."""
-    found = []
-    for seed in (0, 1):
-        run = tmp_path / f"seed{seed}"
-        done = fit(run, "--seed_everything", seed)
-        assert done.code == 0, done.err
-        found.append(run)
-    return found
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CM_HOME", str(folder / "home"))
+        for seed in ("0", "1"):
+            words = ["--config", DIGITS, "--config", TINY, "--seed_everything", seed]
+            main([*words, "--run_dir", str(folder / f"seed{seed}")])
+    return folder
+
+
+@pytest.fixture
+def runs(trained, tmp_path, monkeypatch):
+    """Copies of the two."""
+    monkeypatch.setenv("CM_HOME", str(trained / "home"))
+    return [shutil.copytree(trained / name, tmp_path / name) for name in ("seed0", "seed1")]
 
 
 def last(run):
