@@ -49,10 +49,11 @@ def check_labels(denoiser: Denoiser, labels: Tensor | None, n: int) -> None:
     if not whole or labels.shape != (n,):
         found = f"shape {tuple(labels.shape)}" if whole else "other values"
         raise InputError(f"labels must be {n} whole numbers in a tensor, one each, got {found}.")
-    if n and not -1 <= int(labels.min()) <= int(labels.max()) < denoiser.num_classes:
+    low, high = (int(value) for value in labels.aminmax()) if n else (0, 0)
+    if low < -1 or high >= denoiser.num_classes:
         raise InputError(
             f"labels must lie in 0..{denoiser.num_classes - 1}, or be -1 for no class, got "
-            f"{int(labels.min())} to {int(labels.max())}."
+            f"{low} to {high}."
         )
 
 
