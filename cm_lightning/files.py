@@ -1,13 +1,16 @@
-"""Files of weights: finding, reading and fingerprinting them, executing nothing."""
+"""Files: written whole or not at all; weights found, read and fingerprinted, executing nothing."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import re
+import uuid
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,41 @@ __all__ = [
     "is_intact",
     "read_pickled_arrays",
     "read_weights",
+    "replacing",
     "save_tensors",
+    "write_json",
+    "write_text",
 ]
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a path beside ``path``; the file written there takes its place when the block ends.
+
+    So ``path`` holds the old file or the whole new one, also after a crash and beside others that
+    write it. Its folder is made if needed; after an exception nothing is left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def save_tensors(
@@ -42,13 +78,11 @@ def save_tensors(
     """
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    partial.touch()
-    mode = partial.stat().st_mode  # safetensors' own files are for their owner alone
-    save_file(tensors, partial, metadata)
-    partial.chmod(mode)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode  # safetensors' own files are for their owner alone
+        save_file(tensors, partial, metadata)
+        partial.chmod(mode)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], head: str = "") -> str:

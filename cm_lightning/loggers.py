@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from cm_lightning.dashboard import panel
+from cm_lightning.files import write_text
 from cm_lightning.types import InputError
 
 __all__ = ["KimgWandbLogger", "MetricsCSV", "WandbOptions", "say", "tolerated", "wandb_logger"]
@@ -116,14 +117,7 @@ class MetricsCSV(Logger):
             raise
 
     def _write(self, rows: list[dict[str, str]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(".metrics.csv.partial")
-        try:
-            partial.write_text(self._text(rows, header=True), encoding="utf-8", newline="")
-            os.replace(partial, self.path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        write_text(self.path, self._text(rows, header=True))
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,12 @@ from cm_lightning.callbacks.fid import FIDCallback
 from cm_lightning.callbacks.memory import estimate_memory
 from cm_lightning.callbacks.processor import device_name, slow_because
 from cm_lightning.callbacks.samples import SamplesCallback
+from cm_lightning.files import write_json, write_text
 from cm_lightning.loggers import KimgWandbLogger, MetricsCSV
 from cm_lightning.types import InputError
 from cm_lightning.version import __version__
 
-__all__ = ["RunRecordCallback", "in_use", "is_in_use", "write_text"]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+__all__ = ["RunRecordCallback", "in_use", "is_in_use"]
 
 
 class RunRecordCallback(L.Callback):
@@ -132,7 +125,7 @@ class RunRecordCallback(L.Callback):
             if isinstance(logger, KimgWandbLogger):
                 record["wandb_id"] = logger.version
         record["starts"].append(start)
-        write_text(path, json.dumps(record, indent=2) + "\n")
+        write_json(path, record)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Say what came out and where it lies; add the results to ``run.json``."""
@@ -142,7 +135,7 @@ class RunRecordCallback(L.Callback):
             record = json.loads(path.read_text(encoding="utf-8"))
             record["starts"][-1]["seconds"] = round(seconds, 1)
             record["results"] = {"kimg": pl_module.nimg / 1000, **results(trainer)}
-            write_text(path, json.dumps(record, indent=2) + "\n")
+            write_json(path, record)
             print(end_summary(trainer, pl_module, seconds), flush=True)
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:

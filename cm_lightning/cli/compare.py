@@ -10,7 +10,6 @@ from itertools import chain
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from cm_lightning.callbacks.run_record import write_text
 from cm_lightning.cli.compare_figures import Panel, all_panels, arm_panels, at_the_end
 from cm_lightning.cli.compare_page import page, study_page
 from cm_lightning.cli.compare_runs import SAME, Entry, curves, distinct, nfe_of, read_entry
@@ -18,6 +17,7 @@ from cm_lightning.cli.compare_texts import BY_LEVEL
 from cm_lightning.cli.errors import CommandParser, readable_errors
 from cm_lightning.cli.study_report import read_outcome, table
 from cm_lightning.cli.study_report import summary as study_summary
+from cm_lightning.files import write_text
 from cm_lightning.types import InputError
 
 __all__ = ["Entry", "curves", "differing", "main", "read_entry"]

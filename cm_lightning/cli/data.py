@@ -23,7 +23,7 @@ from cm_lightning.data import (
 )
 from cm_lightning.documents import build, check_form, read_mapping
 from cm_lightning.evaluation import FeatureExtractor, image_grid, reference_statistics, save_png
-from cm_lightning.evaluation.images import replacing
+from cm_lightning.files import replacing
 from cm_lightning.types import InputError
 from cm_lightning.weights import check_class_paths
 
@@ -179,9 +179,9 @@ def stats(options: argparse.Namespace) -> None:
         device=device,
         batch=options.batch,
     )
-    with replacing(options.out) as file:
+    with replacing(options.out) as partial:
         np.savez(
-            file,
+            partial,
             mu=found.mu.numpy(),
             sigma=found.sigma.numpy(),
             n=np.array(found.n),

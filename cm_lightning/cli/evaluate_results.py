@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 from cm_lightning.callbacks.processor import device_name
-from cm_lightning.callbacks.run_record import versions, write_text
+from cm_lightning.callbacks.run_record import versions
 from cm_lightning.cli.study_report import table
 from cm_lightning.documents import check_form, read_mapping
+from cm_lightning.files import write_json, write_text
 from cm_lightning.sampling import Sampler
 from cm_lightning.types import InputError
 
@@ -160,7 +160,7 @@ class Book:
             "host": platform.node(),
         }
         content = self.identity | {"versions": versions(), "results": self.results}
-        write_text(self.path, json.dumps(content, indent=2) + "\n")
+        write_json(self.path, content)
 
     def rows(self) -> Iterator[list[dict[str, Any]]]:
         """Results that differ in their seed alone."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 
-from cm_lightning.callbacks.run_record import write_text
 from cm_lightning.cli.errors import CommandParser, finite, readable_errors, whole
 from cm_lightning.evaluation import (
     count_nonfinite,
@@ -19,7 +17,7 @@ from cm_lightning.evaluation import (
     save_png,
     to_uint8,
 )
-from cm_lightning.files import hash_tensors
+from cm_lightning.files import hash_tensors, write_json
 from cm_lightning.sampling import (
     EulerSampler,
     GuidedDenoiser,
@@ -273,7 +271,7 @@ def run(options: argparse.Namespace) -> None:
             "labels": None if labels is None else labels.tolist(),
             "version": __version__,
         }
-        write_text(out / RECORD, json.dumps(record, indent=2) + "\n")
+        write_json(out / RECORD, record)
         age = "" if info["kimg"] is None else f"{info['kimg']:g} kimg, "
         written = [*grid, *npz] or [f"{len(pictures)} PNG files"]
         print(

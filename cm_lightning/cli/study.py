@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import threading
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from cm_lightning.callbacks.checkpoints import INTERRUPTED
-from cm_lightning.callbacks.run_record import write_text
 from cm_lightning.cli import evaluate
 from cm_lightning.cli.errors import CommandParser, fail, readable_errors
 from cm_lightning.cli.fit import GROUPS, SCALARS
@@ -25,6 +23,7 @@ from cm_lightning.cli.study_report import search_table, summary, table
 from cm_lightning.cli.study_runs import Run, Runner, option_words
 from cm_lightning.documents import read_mapping
 from cm_lightning.evaluation import read_metrics
+from cm_lightning.files import write_json, write_text
 from cm_lightning.types import InputError
 
 __all__ = ["execute", "main"]
@@ -280,7 +279,7 @@ def main(args: list[str] | None = None) -> None:
         if options.only and (out / "study.json").is_file():
             print(f"{out / 'study.json'} is left as it is; without --only it is written anew.")
             return
-        write_text(out / "study.json", json.dumps(outcome, indent=2) + "\n")
+        write_json(out / "study.json", outcome)
         write_text(out / "study.md", text)
         print(f"Written to {out / 'study.md'} and {out / 'study.json'}.")
 

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cm_lightning.callbacks.run_record import write_text
 from cm_lightning.cli.errors import CommandParser, finite, readable_errors, whole
 from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.ema import power_exponent
+from cm_lightning.files import write_text
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.weights import (
     Loaded,

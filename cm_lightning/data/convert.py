@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from cm_lightning.data.layouts import ImageFiles
 from cm_lightning.data.store import FORMAT, ImageStore, compute_fingerprint
 from cm_lightning.documents import check_form, one_line, read_mapping
+from cm_lightning.files import replacing, write_json
 from cm_lightning.types import InputError
 from cm_lightning.version import __version__
 
@@ -279,6 +279,8 @@ class _Job:
                 )
             self.done = found["done"]
             self.broken = {int(row): text for row, text in found["broken"].items()}
+            for left in self.folder.glob(".*"):  # half written when it was stopped
+                left.unlink()
             return
         self.fresh = True
         with self.path.open("wb") as file:
@@ -325,7 +327,7 @@ class _Job:
             os.fsync(file.fileno())
         self.done = rows.stop
         self.broken |= result.broken
-        _write_json(
+        write_json(
             self.folder / "progress.json",
             {"identity": self.identity, "done": self.done, "broken": self.broken},
         )
@@ -350,7 +352,7 @@ class _Job:
         if labels is not None:
             with (self.folder / "labels.npy").open("wb") as file:
                 np.save(file, labels, allow_pickle=False)
-        _write_json(self.folder / "store.json", info)
+        write_json(self.folder / "store.json", info)
         (self.folder / "progress.json").unlink()
         try:
             self.folder.rename(self.out)
@@ -362,14 +364,10 @@ class _Job:
         """The images without gaps; they replace those with gaps at once."""
         images: npt.NDArray[np.uint8] = np.load(self.path, mmap_mode="r", allow_pickle=False)
         if len(images) > len(kept):
-            partial = self.folder / "compact.npy"
-            with partial.open("wb") as file:
+            with replacing(self.path) as partial, partial.open("wb") as file:
                 _write_header(file, (len(kept), *self.shape))
                 for start in range(0, len(kept), CHUNK):
                     file.write(np.ascontiguousarray(images[kept[start : start + CHUNK]]).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.path)
             images = np.load(self.path, mmap_mode="r", allow_pickle=False)
         return images
 
@@ -397,12 +395,3 @@ def _header_length(file: BinaryIO) -> int:
     except Exception as error:  # numpy lets those of Python's parser through
         raise ValueError(f"images.npy begins with no header ({type(error).__name__})") from error
     return file.tell()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

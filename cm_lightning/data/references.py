@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cm_lightning.data.store import ImageStore, to_float
+from cm_lightning.files import replacing
 from cm_lightning.types import ClassLayout, InputError, References
 
 __all__ = [
@@ -322,13 +320,9 @@ def nearest_distances(
         result[torch.from_numpy(block)] = best.sqrt().float().cpu()
     if not keep:
         return result
-    partial = path.with_name(f".{name}.{uuid.uuid4().hex}.npy")
-    try:
+    with contextlib.suppress(OSError), replacing(path) as partial:
         np.save(partial, result.numpy(), allow_pickle=False)
-        os.replace(partial, path)
-    except OSError:
-        Path(partial).unlink(missing_ok=True)  # a cache that cannot be written is computed again
-    return result
+    return result  # a cache that cannot be written is computed again
 
 
 def _floats(store: ImageStore, rows: npt.NDArray[np.int64], device: torch.device) -> Tensor:

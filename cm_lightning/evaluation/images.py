@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cm_lightning.files import replacing
 from cm_lightning.types import InputError
 
 __all__ = [
     "count_nonfinite",
     "grid_columns",
     "image_grid",
-    "replacing",
     "save_npz",
     "save_png",
     "to_uint8",
@@ -120,8 +116,8 @@ def save_png(path: str | Path, array: npt.NDArray[np.uint8]) -> None:
             f"A PNG needs uint8 pixels of shape (H, W, 1) or (H, W, 3), got {array.dtype} "
             f"{array.shape} for {path}."
         )
-    with replacing(path) as file:
-        Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(file, format="PNG")
+    with replacing(path) as partial:
+        Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(partial, format="PNG")
 
 
 def save_npz(path: str | Path, images: Tensor, labels: Tensor | None = None) -> None:
@@ -148,8 +144,8 @@ def save_npz(path: str | Path, images: Tensor, labels: Tensor | None = None) -> 
     arrays = [np.ascontiguousarray(images.permute(0, 2, 3, 1).cpu().numpy())]
     if labels is not None:
         arrays.append(labels.cpu().numpy().astype(np.int64))
-    with replacing(path) as file:
-        np.savez(file, *arrays)
+    with replacing(path) as partial:
+        np.savez(partial, *arrays)
 
 
 def _check_images(images: Any) -> None:
@@ -158,17 +154,3 @@ def _check_images(images: Any) -> None:
             "Images must be uint8 of shape (N, C, H, W) with N >= 1, got "
             f"{images.dtype} {tuple(images.shape)}; to_uint8 converts them."
         )
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file beside ``path`` for writing, and put it in its place once it is complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with part.open("wb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

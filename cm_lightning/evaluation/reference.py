@@ -12,8 +12,7 @@ from torch import Tensor, distributed
 
 from cm_lightning.archives import read_npz
 from cm_lightning.evaluation.features import FeatureExtractor
-from cm_lightning.evaluation.images import replacing
-from cm_lightning.files import read_pickled_arrays
+from cm_lightning.files import read_pickled_arrays, replacing
 from cm_lightning.types import InputError
 
 __all__ = ["Statistics", "load_statistics", "reference_statistics"]
@@ -202,9 +201,9 @@ def _read_cache(
 
 
 def _write_cache(path: Path, fingerprint: str, features: str, result: Statistics) -> None:
-    with replacing(path) as file:
+    with replacing(path) as partial:
         np.savez(
-            file,
+            partial,
             mu=result.mu.numpy(),
             sigma=result.sigma.numpy(),
             n=np.array(result.n),

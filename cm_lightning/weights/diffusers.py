@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cm_lightning.documents import check_form, read_mapping
-from cm_lightning.files import read_weights, save_tensors
+from cm_lightning.files import read_weights, save_tensors, write_json
 from cm_lightning.types import InputError
 
 __all__ = ["is_diffusers", "read_diffusers", "write_diffusers"]
@@ -307,9 +306,7 @@ def write_diffusers(folder: Path, config: Mapping[str, Any], weights: Mapping[st
         ("scheduler/scheduler_config.json", scheduler),
         ("model_index.json", index),
     ):
-        path = folder / place
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / place, content)
     save_tensors(state, folder / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 

@@ -6,8 +6,6 @@ classes of this package.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from cm_lightning.documents import build, check_class_paths, check_form, read_mapping
 from cm_lightning.ema import snapshot_nimg
-from cm_lightning.files import is_intact, read_weights, save_tensors
+from cm_lightning.files import is_intact, read_weights, save_tensors, write_json
 from cm_lightning.networks import ConsistencyPrecond
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.version import __version__
@@ -177,9 +175,7 @@ def save_weights(
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
     save_tensors(tensors, folder / "model.safetensors")
     config = {"format": _FORMAT, "version": __version__, "denoiser": denoiser, **info}
-    partial = folder / ".config.json.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / "config.json")
+    write_json(folder / "config.json", config)
 
 
 def load_weights(path: str | Path, ema: str | None = None) -> Loaded:

@@ -11,7 +11,7 @@ from cm_lightning.evaluation import (
     save_png,
     to_uint8,
 )
-from cm_lightning.evaluation.images import replacing
+from cm_lightning.files import replacing
 from cm_lightning.types import InputError
 
 
@@ -117,8 +117,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path.write_bytes(b"old")
 
     def write_half():
-        with replacing(path) as file:
-            file.write(b"half")
+        with replacing(path) as partial:
+            partial.write_bytes(b"half")
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
