@@ -7,8 +7,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from cm_lightning.cli.evaluate_results import RESULTS, guidance_words
+from cm_lightning.cli.launcher import Launcher
 from cm_lightning.cli.study_file import scaled
 from cm_lightning.cli.study_report import RECORD
 from cm_lightning.documents import check_form, read_mapping
@@ -81,7 +80,10 @@ class Runner:
         self._lock = threading.Lock()
         self._failed = threading.Event()
         self._stopped = False
-        self._live: set[subprocess.Popen[str]] = set()
+        self._live: set[int] = set()
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+        self._environment = dict(os.environ) if jobs == 1 else threads | os.environ
+        self._idle: list[Launcher] = []
         self._pool = ThreadPoolExecutor(jobs)
         self._first: dict[str, Future[dict[str, float]]] = {}
         for run in first:
@@ -99,13 +101,17 @@ class Runner:
         except KeyboardInterrupt:
             self._stop(signal.SIGKILL)
             raise
+        finally:
+            for launcher in self._idle:
+                launcher.close()
 
     def _stop(self, number: signal.Signals) -> None:
         self._failed.set()
         with self._lock:
             self._stopped = True
             for process in self._live:
-                process.send_signal(number)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
 
     def first(self) -> dict[str, dict[str, float]]:
         """Results of the runs that others need."""
@@ -217,34 +223,36 @@ class Runner:
         folder, log = self.out / run.name, self._log(run)
         made = [path for path in (log, *log.parents) if not path.exists()]
         log.parent.mkdir(parents=True, exist_ok=True)
-        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        environment = {"OMP_NUM_THREADS": threads} | os.environ if self.jobs > 1 else os.environ
         with log.open("a", encoding="utf-8") as stream:
-            print(start + json.dumps(note, sort_keys=True), file=stream, flush=True)
-            with self._lock:
-                if self._stopped:
-                    raise Abandoned(f"{run.name} goes on when the study is called again.")
-                process = subprocess.Popen(  # noqa: S603
-                    [sys.executable, "-m", *words],
-                    stdout=stream,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    env=dict(environment),
-                    process_group=0,  # Ctrl-C reaches it through the study alone
-                )
-                self._live.add(process)
-            _, errors = process.communicate()
-            with self._lock:
-                self._live.remove(process)
-            stream.write(errors)
-        if process.returncode:
-            last = (errors.strip().splitlines() or ["no reason was given"])[-1]
+            print(start + json.dumps(note, sort_keys=True), file=stream)
+        written = log.stat().st_size
+        code = self._launch(words, log, run.name)
+        if code:
+            with log.open("rb") as stream:
+                stream.seek(written)
+                text = stream.read().decode("utf-8", errors="replace")
+            last = (text.strip().splitlines() or ["no reason was given"])[-1]
             if not folder.exists() and log in made:  # it never began: nothing of it is left
                 log.unlink()
                 for path in made[1:]:
                     with contextlib.suppress(OSError):  # another run is there
                         path.rmdir()
             raise InputError(f"The run {run.name} failed. {last.removeprefix('cm-fit: error: ')}")
+
+    def _launch(self, words: list[str], log: Path, name: str) -> int:
+        """Run a program to its end, from a launcher that is idle; its exit code."""
+        launcher = self._idle.pop() if self._idle else Launcher(self._environment)
+        with self._lock:
+            if self._stopped:
+                self._idle.append(launcher)
+                raise Abandoned(f"{name} goes on when the study is called again.")
+            process = launcher.start(words, log)
+            self._live.add(process)
+        code = launcher.wait()
+        with self._lock:
+            self._live.remove(process)
+        self._idle.append(launcher)
+        return code
 
 
 OPTIONS = "options: "

@@ -263,7 +263,7 @@ def test_a_study_that_is_stopped_stops_its_runs(name, study, tmp_path):
     out = tmp_path / "out"
     run = out / "ect/seed1"
     words = [sys.executable, "-m", "cm_lightning.cli.study", str(path), "--out", str(out)]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         deadline = time.monotonic() + 120
         while not any(run.glob("checkpoints/*.ckpt")):
@@ -279,7 +279,8 @@ def test_a_study_that_is_stopped_stops_its_runs(name, study, tmp_path):
     assert not json.loads((run / "run.json").read_text()).get("results")
     assert "SIGTERM: writing a checkpoint" in (out / "ect/seed1.log").read_text()
     assert not (out / "ect/seed2").exists()
-    assert subprocess.run(["pgrep", "-f", str(out)], check=False).returncode == 1  # nothing runs on
+    left = subprocess.run(["pgrep", "--session", str(process.pid)], check=False)
+    assert left.returncode == 1  # nothing runs on
 
 
 def test_first_runs_shares_evaluations_and_times(study, program, tmp_path):
