@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cm_lightning.archives import check_members, read_npz
-from cm_lightning.data.readers import read_idx
+from cm_lightning.data.readers import IDX
 from cm_lightning.documents import complaint
 from cm_lightning.files import read_pickled_arrays
 from cm_lightning.types import InputError
@@ -230,22 +230,6 @@ def _downsampled(paths: Sequence[Path]) -> ImageFiles:
     return _Arrays("downsampled", np.concatenate(images), np.concatenate(labels), note)
 
 
-def _idx(root: Path) -> ImageFiles:
-    found = {}
-    for stem in ("images-idx3-ubyte", "labels-idx1-ubyte"):
-        for name in (f"train-{stem}", f"train-{stem}.gz"):
-            if (root / name).is_file():
-                found[stem] = read_idx(root / name)
-                break
-    images = found["images-idx3-ubyte"]
-    labels = found.get("labels-idx1-ubyte")
-    if images.dtype != np.uint8:
-        raise InputError(f"The IDX files of {root} hold {images.dtype}, not grey levels.")
-    if images.ndim == 3:
-        images = images[..., None]
-    return _Arrays("idx", images, None if labels is None else _whole(labels, root))
-
-
 KINDS = {
     "edm": "zip or folder of NVIDIA's dataset_tool, with dataset.json",
     "imagefolder": "one folder of pictures per class",
@@ -303,7 +287,7 @@ def _open(path: Path, kind: str) -> ImageFiles:
             sorted(path.glob("train_data_batch_*.npz")) if path.is_dir() else [path]
         )
     if kind == "idx":
-        return _idx(path)
+        return _Arrays("idx", *IDX(str(path)).read())
     return _Folder(path, kind)
 
 

@@ -55,6 +55,8 @@ def _read(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     """Train on the training images, report the accuracy on the test images, write the file."""
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python -m {__spec__.name} FOLDER")
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     network = FashionFeatures.train_classifier(*_read(folder, "train"), 6000).half().double()
