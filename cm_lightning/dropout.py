@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from cm_lightning.transfer import send
 
-__all__ = ["Dropout", "DropoutKey", "LabelDropout", "shared_dropout"]
+__all__ = ["Dropout", "DropoutKey", "LabelDropout", "forget_keys", "shared_dropout"]
 
 
 class DropoutKey(NamedTuple):
@@ -36,8 +36,8 @@ class Dropout(nn.Module):
     .. math:: h_2\bigl(h_1(e) \oplus h_1'(i)\bigr) \ge p \cdot 2^{32},
 
     integer hashes keyed by the seed and the layer: given those, the values of an image are
-    independent, and the mask is a pure function of (seed, i, layer, e). Elsewhere torch's generator
-    draws it.
+    independent, and the mask is a pure function of (seed, i, layer, e). Without a key, as outside
+    a regime's training, torch's generator draws it.
 
     Args:
         p: Probability in [0, 1).
@@ -99,8 +99,9 @@ def shared_dropout(network: nn.Module, key: DropoutKey, device: torch.device) ->
     """Key a network's masks; two passes inside two such contexts with one key share them.
 
     The masks stay keyed after it, so that a backward pass which computes activations again finds
-    them. Layers that draw from torch's default generators, as those of other packages do, are
-    seeded inside and the generators restored on leaving; their masks depend on the split.
+    them, until :func:`forget_keys`. Layers that draw from torch's default generators, as those of
+    other packages do, are seeded inside and the generators restored on leaving; their masks depend
+    on the split.
 
     Args:
         network: The network, or a copy of it: layers are counted in the order of ``modules()``.
@@ -120,3 +121,10 @@ def shared_dropout(network: nn.Module, key: DropoutKey, device: torch.device) ->
     with torch.random.fork_rng(devices=accelerators, device_type=kind):
         torch.manual_seed(key.seed)
         yield
+
+
+def forget_keys(network: nn.Module) -> None:
+    """Let torch's generator draw a network's masks again, anew in every pass."""
+    for module in network.modules():
+        if isinstance(module, Dropout):
+            module.key = None

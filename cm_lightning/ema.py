@@ -143,8 +143,9 @@ class PowerEMA(EMAProfile):
 
     @property
     def name(self) -> str:
-        """``ema_std`` and the width with three decimals, such as ``ema_std0.050``."""
-        return f"ema_std{self.std:.3f}"
+        """``ema_std`` and the width with three decimals or more, such as ``ema_std0.050``."""
+        rounded = f"{self.std:.3f}"
+        return f"ema_std{rounded if float(rounded) == self.std else repr(self.std)}"
 
     def beta(self, nimg: int, batch: int) -> float:
         """Share that survives; 0 at nimg = 0."""
@@ -250,7 +251,7 @@ def update_average(average: Sequence[Tensor], weights: Sequence[Tensor], beta: f
     """Move an average towards the weights, in place: ``beta * average + (1 - beta) * weights``.
 
     Args:
-        average: fp32 tensors, one per parameter.
+        average: Tensors, one per parameter, in the precision of the average.
         weights: The parameters, in the same order, shapes and device.
         beta: Share of the average that survives, in [0, 1). 0 copies exactly.
     """
@@ -258,7 +259,8 @@ def update_average(average: Sequence[Tensor], weights: Sequence[Tensor], beta: f
         if beta == 0:
             torch._foreach_copy_(list(average), list(weights))
         else:
-            torch._foreach_lerp_(list(average), [w.float() for w in weights], 1 - beta)
+            same = [w.to(a.dtype) for a, w in zip(average, weights, strict=True)]
+            torch._foreach_lerp_(list(average), same, 1 - beta)
 
 
 def snapshot_nimg(name: str, total_nimg: int, batch: int) -> int | None:

@@ -36,7 +36,7 @@ class MetricsCSV(Logger):
         run_dir: Directory of the run.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: str | Path) -> None:
         super().__init__()
         self.path = Path(run_dir) / "metrics.csv"
         self._columns: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class LearningRate:
         cooldown_kimg: E / 1000, >= 0, length of the final fall.
 
     Raises:
-        InputError: If a length is negative.
+        InputError: If a length is negative or not finite.
     """
 
     ramp_kimg: float = 0.0
@@ -40,9 +41,9 @@ class LearningRate:
 
     def __post_init__(self) -> None:
         for name in ("ramp_kimg", "decay_kimg", "cooldown_kimg"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(
-                    f"LearningRate: {name} must be 0 or more, got {getattr(self, name)}."
+                    f"LearningRate: {name} must be 0 or more and finite, got {getattr(self, name)}."
                 )
 
     def factor(self, nimg: int, total_kimg: float) -> float:
@@ -97,7 +98,7 @@ class GradientGuard:
     returns: int = 0
 
     def __post_init__(self) -> None:
-        if self.infinity < 0:
+        if not self.infinity >= 0:
             raise InputError(f"GradientGuard: infinity must be 0 or more, got {self.infinity}.")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise InputError(

@@ -8,7 +8,7 @@ gives them image shape where they are used.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ __all__ = [
     "LossOutput",
     "References",
     "TrainingStopped",
+    "check_word",
     "expand",
 ]
 
@@ -156,6 +157,21 @@ class Denoiser(nn.Module, ABC):
         Returns:
             Estimate of ``x0``, shape ``(B, C, H, W)``.
         """
+
+
+def check_word(name: str, value: object, allowed: Collection[str]) -> None:
+    """Check an argument that is one of a few words.
+
+    Args:
+        name: What it is, for the message.
+        value: What was given.
+        allowed: The words.
+
+    Raises:
+        InputError: If it is none of them.
+    """
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:

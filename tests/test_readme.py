@@ -89,7 +89,7 @@ def shrink(words: list[str], place: Path) -> list[str]:
 
 def test_readme_has_commands():
     assert len(lines()) >= 9
-    assert len(blocks("python")) >= 2
+    assert len(blocks("python")) >= 3
 
 
 def test_make_targets_exist():
@@ -134,6 +134,7 @@ def test_python_blocks(place, monkeypatch):
         exec(compile(block, "README.md", "exec"), {})
     assert (place / "digits.png").exists()
     assert (place / "schedules.png").exists()
+    assert (place / "runs" / "python" / "weights" / "model.safetensors").exists()
 
 
 def test_files_named_in_the_readme_exist():

@@ -110,7 +110,8 @@ class CheckpointCallback(StepCallback, Checkpoint):
             an evaluation lowers it, the checkpoint of that moment is kept as ``best.ckpt``.
 
     Raises:
-        InputError: If an argument is outside its range, or no such distance is measured.
+        InputError: If an argument is outside its range, no such distance is measured, or a new run
+            would be written among the checkpoints of an older one.
     """
 
     def __init__(
@@ -153,6 +154,15 @@ class CheckpointCallback(StepCallback, Checkpoint):
             shown = ", ".join(names) or "none"
             raise InputError(
                 f"checkpoints.best names '{self.best}', and the distances measured are {shown}."
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Check that a new run does not come among the checkpoints of another one."""
+        folder = Path(trainer.default_root_dir)
+        if not (self._trial or trainer.ckpt_path or pl_module.nimg) and checkpoints_of(folder):
+            raise InputError(
+                f"{folder} holds the checkpoints of another run: give its newest as ckpt_path to "
+                "continue it, or another default_root_dir."
             )
 
     def make_trial(self) -> None:

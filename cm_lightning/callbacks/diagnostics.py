@@ -165,9 +165,10 @@ class DiagnosticsCallback(StepCallback):
         self._histogram.zero_()
         counts, losses, distances, ratios, nonfinite = sums[:-1].T
         total = counts.sum().clamp_min(1)
+        finite = counts - nonfinite  # means are over these, NaN where there are none
         metrics = {
-            "loss": float(losses.sum() / total),
-            "distance": float(distances.sum() / total),
+            "loss": float(losses.sum() / finite.sum()),
+            "distance": float(distances.sum() / finite.sum()),
             "loss/nonfinite": float(nonfinite.sum()),
             "ratio/r_over_t": float(ratios.sum() / total),
             "gradient/norm": float(sums[-1, 1] / sums[-1, 0].clamp_min(1)),
@@ -175,7 +176,7 @@ class DiagnosticsCallback(StepCallback):
             "schedule/learning_rate": float(trainer.optimizers[0].param_groups[0]["lr"]),
         }
         metrics |= {f"schedule/{name}": value for name, value in pl_module.schedule.items()}
-        for name, count, loss, distance in zip(self.bins, counts, losses, distances, strict=True):
+        for name, count, loss, distance in zip(self.bins, finite, losses, distances, strict=True):
             if count:
                 metrics[f"loss_by_sigma/{name}"] = float(loss / count)
                 metrics[f"distance_by_sigma/{name}"] = float(distance / count)
@@ -227,10 +228,11 @@ class DiagnosticsCallback(StepCallback):
         posterior = getattr(getattr(pl_module, "objective", None), "solver", None)
         posterior = getattr(posterior, "posterior", None)
         n = -(-self.exact_rows // trainer.world_size)
-        if posterior is None or self._batch is None or not n:
+        data = getattr(trainer, "datamodule", None)
+        if posterior is None or data is None or self._batch is None or not n:
             return {}
         batch = pl_module.complete(self._batch)._replace(notes=None)
-        everything = trainer.datamodule.all_references(batch)  # type: ignore[attr-defined]
+        everything = data.all_references(batch)
         if everything is None:
             return {}
         words = (pl_module.seed, pl_module.nimg, trainer.global_rank, 3)

@@ -82,6 +82,7 @@ class EMACallback(StepCallback):
     def on_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the averages at the weights, or where the checkpoint left them."""
         parameters = _trainable(pl_module.denoiser)
+        self.averages = {}
         for name in self.names:
             source = self._loaded.get(name, parameters)
             self.averages[name] = {

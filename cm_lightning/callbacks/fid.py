@@ -13,6 +13,7 @@ import torch
 from cm_lightning.callbacks.ema import EMACallback, find_ema
 from cm_lightning.callbacks.step import (
     StepCallback,
+    check_data,
     check_interval,
     check_reach,
     due,
@@ -153,6 +154,7 @@ class FIDCallback(StepCallback):
         """Check profiles and the reference, and load the extractor, before training starts."""
         if not self.enabled:
             return
+        check_data("FIDCallback", trainer)
         check_reach("fid", self.samplers, pl_module)
         self._check_profiles(find_ema(trainer))
         if self.reference != "auto":
@@ -175,7 +177,10 @@ class FIDCallback(StepCallback):
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Begin anew where a run goes on from another one's checkpoint: best are its own values."""
+        """Begin anew in another run than the callback or the checkpoint comes from."""
+        self._metric = None
+        if not trainer.ckpt_path and pl_module.nimg == 0:
+            self.best, self.last = {}, {}
         if trainer.ckpt_path:
             run = Path(trainer.ckpt_path).absolute().parent.parent.resolve()
             if run != Path(trainer.default_root_dir).resolve():

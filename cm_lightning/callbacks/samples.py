@@ -10,7 +10,14 @@ import lightning as L
 import torch
 
 from cm_lightning.callbacks.ema import find_ema
-from cm_lightning.callbacks.step import StepCallback, check_interval, check_reach, due, step_of
+from cm_lightning.callbacks.step import (
+    StepCallback,
+    check_data,
+    check_interval,
+    check_reach,
+    due,
+    step_of,
+)
 from cm_lightning.evaluation import grid_columns, image_grid, save_png, to_uint8
 from cm_lightning.loggers import KimgWandbLogger, tolerated
 from cm_lightning.sampling import (
@@ -65,6 +72,7 @@ class SamplesCallback(StepCallback):
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Check profile and samplers before training starts."""
         if self.every_kimg is not None:
+            check_data("SamplesCallback", trainer)
             check_reach("samples", self.samplers, pl_module)
         ema = find_ema(trainer)
         if self.profile not in (None, "live", *ema.names):

@@ -10,7 +10,32 @@ import lightning as L
 from cm_lightning.sampling import Sampler, check_phases
 from cm_lightning.types import InputError
 
-__all__ = ["StepCallback", "check_interval", "check_reach", "due", "log_metrics", "step_of"]
+__all__ = [
+    "StepCallback",
+    "check_data",
+    "check_interval",
+    "check_reach",
+    "due",
+    "log_metrics",
+    "step_of",
+]
+
+
+def check_data(owner: str, trainer: L.Trainer) -> None:
+    """Check that a callback finds the data it needs.
+
+    Args:
+        owner: Its class.
+        trainer: The trainer.
+
+    Raises:
+        InputError: If training has no data module.
+    """
+    if getattr(trainer, "datamodule", None) is None:
+        raise InputError(
+            f"{owner} asks the data for shapes and labels: train with an ImageDataModule, "
+            "trainer.fit(module, datamodule=data)."
+        )
 
 
 def check_interval(owner: str, every_kimg: float | None) -> None:
@@ -73,7 +98,7 @@ def due(before: int, after: int, every_kimg: float | None, total_nimg: int) -> b
 def step_of(trainer: L.Trainer) -> int:
     """Optimizer steps so far, those that a return to a checkpoint undid included."""
     module: Any = trainer.lightning_module
-    return int(module.position // trainer.datamodule.global_batch)  # type: ignore[attr-defined]
+    return int(module.position // max(module.global_batch, 1))
 
 
 def log_metrics(trainer: L.Trainer, nimg: int, metrics: Mapping[str, float]) -> None:

@@ -187,8 +187,13 @@ class ImageDataModule(L.LightningDataModule):
 
     @property
     def store(self) -> ImageStore:
-        """The opened store (after ``setup``)."""
-        assert self._store is not None, "setup() has not run"
+        """The opened store.
+
+        Raises:
+            InputError: If ``setup`` has not run.
+        """
+        if self._store is None:
+            raise InputError("The data are opened by prepare_data() and setup(): call them first.")
         return self._store
 
     @property
@@ -294,9 +299,14 @@ class ImageDataModule(L.LightningDataModule):
         """Endless micro-batches of this rank, starting at the module's count of images.
 
         Raises:
-            InputError: If the images seen so far are not whole global batches.
+            InputError: If the images seen so far are not whole global batches, or there is no
+                trainer, whose devices share a batch.
         """
-        assert self.trainer is not None
+        if self.trainer is None:
+            raise InputError(
+                "Batches are made for a trainer: trainer.fit(module, datamodule=data). To look at "
+                "images take data.store."
+            )
         plan = self.plan(self.trainer.world_size)
         sampler = StepSampler(
             len(self.store),

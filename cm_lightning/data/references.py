@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cm_lightning.data.store import ImageStore, to_float
 from cm_lightning.files import replacing
-from cm_lightning.types import ClassLayout, InputError, References
+from cm_lightning.types import ClassLayout, InputError, References, check_word
 
 __all__ = [
     "WHOLE",
@@ -57,6 +57,7 @@ class ReferenceSet:
     gather: bool = False
 
     def __post_init__(self) -> None:
+        check_word("references.source", self.source, ("bank", "batch"))
         if self.n is not None and self.n < 1:
             raise InputError(f"references.n must be 1 or more, or null for all, got {self.n}.")
         if self.n is not None and self.source == "batch":

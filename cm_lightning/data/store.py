@@ -224,10 +224,18 @@ def write_store(
         transform: Applied to the images.
 
     Raises:
-        InputError: If there are no images, the labels do not fit, or no folder can be made there.
+        InputError: If images or labels are of another form, or no folder can be made there.
     """
+    form = f"{getattr(images, 'dtype', type(images).__name__)} {getattr(images, 'shape', '')}"
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
+        raise InputError(f"The data source must give images (N, H, W, C) of uint8, got {form}.")
     if not images.size:
         raise InputError("The data source holds no images.")
+    if images.shape[3] not in (1, 3):
+        raise InputError(f"The data source must give images of 1 or 3 channels, got {form}.")
+    if labels is not None and (not isinstance(labels, np.ndarray) or labels.dtype != np.int64):
+        found = getattr(labels, "dtype", type(labels).__name__)
+        raise InputError(f"The data source must give labels (N,) of int64 or None, got {found}.")
     if labels is not None and (labels.shape != (len(images),) or labels.min() < 0):
         raise InputError(
             f"The data source has {len(images)} images but labels of shape {labels.shape} "

@@ -37,7 +37,7 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
         The distance, >= 0.
 
     Raises:
-        InputError: If shapes do not match or a value is not finite.
+        InputError: If shapes do not match, a value is not finite, or a matrix is no covariance.
     """
     _check(mu1, sigma1, len(mu2))
     _check(mu2, sigma2, len(mu1))
@@ -141,3 +141,6 @@ def _check(mu: Tensor, sigma: Tensor, d: int) -> None:
         )
     if not (mu.isfinite().all() and sigma.isfinite().all()):
         raise InputError("Statistics of features must be finite, got NaN or infinite values.")
+    slack = 1e-6 * float(sigma.abs().max())
+    if float(sigma.diagonal().min()) < -slack or float((sigma - sigma.T).abs().max()) > slack:
+        raise InputError("A covariance of features must be symmetric, with variances of 0 or more.")

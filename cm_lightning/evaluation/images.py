@@ -41,7 +41,12 @@ def to_uint8(x: Tensor) -> Tensor:
 
     Returns:
         Grey levels of the same shape, uint8.
+
+    Raises:
+        InputError: If they are whole numbers, so perhaps grey levels already.
     """
+    if not x.is_floating_point():
+        raise InputError(f"to_uint8 takes images in [-1, 1] as floats, got {x.dtype}.")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return (x * 127.5 + 128).clip(0, 255).nan_to_num(0).to(torch.uint8)
 

@@ -64,6 +64,13 @@ class Precond(Denoiser):
             raise InputError(f"{name}: sigma_data must be positive, got {sigma_data}.")
         if not noise_scale > 0:
             raise InputError(f"{name}: noise_scale must be positive, got {noise_scale}.")
+        taken = getattr(backbone, "in_channels", None)
+        given = getattr(backbone, "out_channels", taken)
+        if given != taken:
+            raise InputError(
+                f"{name}: the backbone takes images of {taken} channels and gives {given}: set its "
+                "in_channels and out_channels to those of the images."
+            )
         self.add_module(self.stored_as, backbone)
         self.sigma_data = sigma_data
         self.noise_scale = noise_scale
@@ -101,7 +108,8 @@ class Precond(Denoiser):
         Args:
             x: Noisy images, ``(B, C, H, W)``.
             sigma: Noise levels > 0, ``(B,)``.
-            labels: Class indices ``(B,)`` with -1 for "no class", or ``None``.
+            labels: Class indices ``(B,)``, whole numbers with -1 for "no class", or ``None``. Those
+                outside the classes mean "no class" too, as looking at them would wait for a GPU.
             augment_labels: What augmentation did to the images, ``(B, augment_dim)``, or ``None``
                 for nothing.
 
@@ -109,11 +117,17 @@ class Precond(Denoiser):
             ``(B, C, H, W)``, fp32 or float64 as ``x``.
 
         Raises:
-            InputError: If labels are given to an unconditional network.
+            InputError: If labels are given to an unconditional network or are not ``(B,)`` whole
+                numbers, or if the backbone gives other shapes than it takes.
         """
         classes = self.num_classes
         if labels is not None and not classes:
             raise InputError("Labels were given to an unconditional network (label_dim 0).")
+        if labels is not None and (labels.is_floating_point() or labels.shape != x.shape[:1]):
+            raise InputError(
+                f"labels must be {len(x)} whole numbers, one per image, got {labels.dtype} of "
+                f"shape {tuple(labels.shape)}."
+            )
         dtype = torch.promote_types(torch.float32, x.dtype)
         x, sigma = x.to(dtype), sigma.to(dtype)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
@@ -127,14 +141,18 @@ class Precond(Denoiser):
         if self.channels_last:  # a clone, as images of one channel count as laid out either way
             scaled = scaled.clone(memory_format=torch.channels_last)
         raw: Tensor = self.backbone(scaled, noise, rows, *told)
+        if raw.shape != x.shape:
+            raise InputError(
+                f"The backbone got images of shape {tuple(x.shape)} and gave {tuple(raw.shape)}."
+            )
         return expand(c_skip, x) * x + expand(c_out, x) * raw.to(dtype)
 
 
 class EDMPrecond(Precond):
     r"""Denoiser with EDM's preconditioning (Karras et al. 2022, arXiv:2206.00364, Eq. 7).
 
-    The coefficients are those of :func:`edm_coefficients`: D(x, 0) = x, so the same form serves
-    diffusion models and ECT.
+    The coefficients are those of :func:`edm_coefficients`. D(x, sigma) goes to x as sigma goes to 0
+    (at 0 itself c_noise is not finite), so the same form serves diffusion models and ECT.
 
     Args:
         backbone: Raw network F(x, c_noise, class labels).

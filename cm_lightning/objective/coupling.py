@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cm_lightning.ema import EMAProfile, WarmupEMA
-from cm_lightning.types import Batch, InputError, expand
+from cm_lightning.types import Batch, InputError, check_word, expand
 
 __all__ = ["Coupled", "Coupling", "Denoise", "GeneratorCoupling", "Independent", "MinibatchOT"]
 
@@ -163,10 +163,12 @@ class GeneratorCoupling(Coupling):
     total_kimg: float | None = None
 
     def __post_init__(self) -> None:
+        check_word("GeneratorCoupling: endpoint", self.endpoint, ("ema", "online", "frozen"))
+        check_word("GeneratorCoupling: level", self.level, ("lower", "upper"))
         for name, value in (("mix", self.mix), ("mix_end", self.mix_end)):
             if value is not None and not 0 <= value <= 1:
                 raise InputError(f"GeneratorCoupling: {name} must lie in [0, 1], got {value}.")
-        if self.start_kimg < 0:
+        if not self.start_kimg >= 0:
             raise InputError(
                 f"GeneratorCoupling: start_kimg must be 0 or more, got {self.start_kimg}."
             )

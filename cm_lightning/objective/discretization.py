@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cm_lightning.sigmas import karras_sigmas, segments
 from cm_lightning.transfer import constant
-from cm_lightning.types import InputError
+from cm_lightning.types import InputError, check_word
 
 __all__ = [
     "Discretization",
@@ -41,15 +41,17 @@ class LogNormal:
         p_std: Standard deviation of the logarithm, > 0.
 
     Raises:
-        InputError: If ``p_std`` is not positive.
+        InputError: If ``p_std`` is not positive, or one of the two is not finite.
     """
 
     p_mean: float = -1.2
     p_std: float = 1.2
 
     def __post_init__(self) -> None:
-        if not self.p_std > 0:
-            raise InputError(f"LogNormal: p_std must be positive, got {self.p_std}.")
+        if not 0 < self.p_std < math.inf:
+            raise InputError(f"LogNormal: p_std must be positive and finite, got {self.p_std}.")
+        if not math.isfinite(self.p_mean):
+            raise InputError(f"LogNormal: p_mean must be finite, got {self.p_mean}.")
 
     def sample(self, n: int, device: torch.device, generator: torch.Generator) -> Tensor:
         """Draw ``n`` noise levels, float64, shape ``(n,)``."""
@@ -136,11 +138,13 @@ class ECTMapping(Discretization):
     Args:
         p_mean: Mean of ln t. CIFAR-10: -1.1, ImageNet-64: -0.8.
         p_std: Standard deviation of ln t. CIFAR-10: 2.0, ImageNet-64: 1.6.
-        q: Shrinking factor per stage, > 1. CIFAR-10: 2, ImageNet-64: 4, one-hour recipe: 256.
+        q: Shrinking factor per stage, > 1. CIFAR-10: 2, ImageNet-64: 4, one-hour recipe: 256 with
+            the first stage alone.
         k: Height of the sigmoid, >= 0.
         b: Slope of the sigmoid, >= 0.
         kimg_per_stage: Length of a stage in thousands of images, > 0.
-        stages: Number of stages, >= 1.
+        stages: Number of stages, >= 1; those that a run reaches have ``q**stages`` at most 2^24,
+            as closer levels are one and the same in fp32.
         substeps: m >= 1, or ``None`` for infinitely many.
 
     Raises:
@@ -158,10 +162,11 @@ class ECTMapping(Discretization):
 
     def __post_init__(self) -> None:
         for name, ok, allowed in (
-            ("p_std", self.p_std > 0, "positive"),
-            ("q", self.q > 1, "greater than 1"),
-            ("k", self.k >= 0, "0 or more"),
-            ("b", self.b >= 0, "0 or more"),
+            ("p_mean", math.isfinite(self.p_mean), "finite"),
+            ("p_std", 0 < self.p_std < math.inf, "positive and finite"),
+            ("q", 1 < self.q < math.inf, "greater than 1 and finite"),
+            ("k", 0 <= self.k < math.inf, "0 or more and finite"),
+            ("b", 0 <= self.b < math.inf, "0 or more and finite"),
             ("kimg_per_stage", self.kimg_per_stage > 0, "positive"),
             ("stages", self.stages >= 1, "1 or more"),
             ("substeps", self.substeps is None or self.substeps >= 1, "1 or more, or null"),
@@ -170,6 +175,21 @@ class ECTMapping(Discretization):
                 raise InputError(
                     f"ECTMapping: {name} must be {allowed}, got {getattr(self, name)}."
                 )
+
+    def spanning(self, total_kimg: float) -> ECTMapping:
+        """The mapping itself, whose stages have a length of their own.
+
+        Raises:
+            InputError: If its last stages in such a run bring t and r closer than fp32 can tell.
+        """
+        last, most = self.progress(round(1000 * total_kimg)), 24 / math.log2(self.q)
+        if last + 1 > most:
+            raise InputError(
+                f"ECTMapping: with q {self.q:g} and stages of {self.kimg_per_stage:g} kimg t and r "
+                f"come closer within {total_kimg:g} kimg than fp32 can tell apart: give at most "
+                f"{max(1, int(most))} stages, or longer ones."
+            )
+        return self
 
     def progress(self, nimg: int) -> float:
         """Stage after ``nimg`` images, with its fraction."""
@@ -319,8 +339,11 @@ class _Scheduled(Grid):
         name = type(self).__name__
         if not 1 <= self.s0 <= self.s1:
             raise InputError(f"{name}: needs 1 <= s0 <= s1, got s0 {self.s0} and s1 {self.s1}.")
-        if self.total_kimg is not None and not self.total_kimg > 0:
-            raise InputError(f"{name}: total_kimg must be positive, got {self.total_kimg}.")
+        if self.total_kimg is not None and not 0.001 <= self.total_kimg < math.inf:
+            raise InputError(
+                f"{name}: total_kimg must be 0.001 (one image) or more and finite, got "
+                f"{self.total_kimg}."
+            )
 
     def spanning(self, total_kimg: float) -> Self:
         """The grid with ``total_kimg`` as its length unless it has one."""
@@ -369,6 +392,7 @@ class GrowingGrid(_Scheduled):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_word("GrowingGrid: rate", self.rate, ("code", "paper"))
         if not 0 < self.mu0 < 1:
             raise InputError(f"GrowingGrid: mu0 must lie between 0 and 1, got {self.mu0}.")
 

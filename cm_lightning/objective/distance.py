@@ -83,8 +83,8 @@ class L2(Distance):
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Euclidean norm of the difference, ``(B,)``."""
         squared = _squared_norm(a, b)
-        positive = squared > 0
-        return torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
+        zero = squared == 0
+        return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
 
 
 @dataclass(frozen=True)

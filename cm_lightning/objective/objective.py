@@ -51,13 +51,13 @@ class Draw:
         """A fresh generator; equal for every rank and micro-batch of the step."""
         words = (self.seed, self.nimg + self.skipped)
         state = np.random.SeedSequence(words).generate_state(1, np.uint64)
-        return torch.Generator(self.device).manual_seed(int(state[0] >> np.uint64(1)))
+        return torch.Generator(self.device).manual_seed(int(state[0]) >> 1)
 
     def dropout(self) -> DropoutKey:
         """Key of the dropout masks, which belong to the rows of the global batch as well."""
         words = (self.seed, self.nimg + self.skipped, 1)
         state = np.random.SeedSequence(words).generate_state(1, np.uint64)
-        return DropoutKey(int(state[0] >> np.uint64(1)), self.start)
+        return DropoutKey(int(state[0]) >> 1, self.start)
 
     def rows(self, values: Tensor, n: int) -> Tensor:
         """Keep this micro-batch's ``n`` rows of values drawn for the global batch."""

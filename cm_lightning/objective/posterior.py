@@ -230,7 +230,8 @@ class ReferenceMean(PosteriorMean):
             logits *= inverse[:, None]
             hidden = batch.index[:, None] == references.index[part]
             if references.labels is not None:
-                assert batch.labels is not None
+                if batch.labels is None:
+                    raise InputError("The references have labels and the batch has none.")
                 hidden |= batch.labels[:, None] != references.labels[part]
             logits.masked_fill_(hidden, -torch.inf)
             top = logits.amax(1)

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cm_lightning.types import check_word
+
 __all__ = ["EDM", "SNR", "COut", "InverseStep", "Uniform", "Weighting"]
 
 
@@ -75,9 +77,15 @@ class SNR(Weighting):
 
     Args:
         kind: ``"snr"``, ``"snr+1"`` or ``"truncated-snr"``.
+
+    Raises:
+        InputError: If it is another word.
     """
 
     kind: Literal["snr", "snr+1", "truncated-snr"] = "snr"
+
+    def __post_init__(self) -> None:
+        check_word("SNR: kind", self.kind, ("snr", "snr+1", "truncated-snr"))
 
     def __call__(self, t: Tensor, r: Tensor, sigma_data: float) -> Tensor:
         """Weight by the signal-to-noise ratio, ``(B,)``."""

@@ -17,6 +17,7 @@ from cm_lightning.callbacks import (
     TargetNetworkCallback,
     WeightNormalizationCallback,
 )
+from cm_lightning.dropout import forget_keys
 from cm_lightning.ema import EMAProfile
 from cm_lightning.files import hash_tensors
 from cm_lightning.networks import preserves_magnitude
@@ -55,7 +56,7 @@ class ConsistencyModule(L.LightningModule):
 
     Args:
         denoiser: The network that is trained.
-        total_kimg: Length of the run in thousands of images, > 0.
+        total_kimg: Length of the run in thousands of images, >= 0.001.
         optimizer: Called with the parameters.
         learning_rate: Factor on the optimizer's rate over the run.
         gradients: Sanitising of gradients.
@@ -63,8 +64,8 @@ class ConsistencyModule(L.LightningModule):
         init: Weights to start from, ``None`` for random ones.
 
     Raises:
-        InputError: If ``total_kimg`` is not positive, the seed is negative, or ``init`` is missing
-            or of another network.
+        InputError: If ``total_kimg`` is below one image, the seed is negative, the denoiser is
+            none, or ``init`` is missing or of another network.
     """
 
     objective: Objective
@@ -80,8 +81,17 @@ class ConsistencyModule(L.LightningModule):
         init: Pretrained | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < total_kimg < math.inf:
-            raise InputError(f"total_kimg must be positive and finite, got {total_kimg}.")
+        if not 0.001 <= total_kimg < math.inf:
+            raise InputError(
+                f"total_kimg must be 0.001 (one image) or more and finite, got {total_kimg}."
+            )
+        if not isinstance(denoiser, Denoiser):
+            raise InputError(
+                f"A regime trains a Denoiser, such as EDMPrecond around a network; got "
+                f"{type(denoiser).__name__}."
+            )
+        if init is not None and not isinstance(init, Pretrained):
+            raise InputError(f"init must be Pretrained(path) or None, got {init!r}.")
         if seed < 0:
             raise InputError(f"seed must be 0 or more, got {seed}.")
         self.denoiser = denoiser
@@ -188,6 +198,11 @@ class ConsistencyModule(L.LightningModule):
         if self.nimg >= self.total_nimg:
             self.trainer.should_stop = True
 
+    def on_train_end(self) -> None:
+        """Leave networks whose dropout is random again."""
+        for network in self.networks:
+            forget_keys(network)
+
     def complete(self, batch: Batch) -> Batch:
         """A batch with all that the objective's leaves need; regimes may add to it."""
         return batch
@@ -274,9 +289,24 @@ class ConsistencyModule(L.LightningModule):
         return optimizer
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Mean loss of a batch; the per-image values travel along for diagnostics."""
+        """Mean loss of a batch; the per-image values travel along for diagnostics.
+
+        Raises:
+            InputError: If the loader gives no :class:`Batch`, or the micro-batches of a step differ
+                in size.
+        """
+        if not isinstance(batch, Batch):
+            raise InputError(
+                "A loader must give batches as cm_lightning.types.Batch (images in [-1, 1], labels "
+                f"or None, positions in the data), got {type(batch).__name__}."
+            )
         n, world = len(batch.x0), self.trainer.world_size
         accumulation = self.trainer.accumulate_grad_batches
+        if self._micro_step and n * world * accumulation != self.global_batch:
+            raise InputError(
+                f"The micro-batches of a step must be equal, got one of {n} images after those of "
+                f"{self.global_batch // (world * accumulation)}: set drop_last=True in the loader."
+            )
         self.global_batch = n * world * accumulation
         start = (self._micro_step * world + self.trainer.global_rank) * n
         self._micro_step += 1
@@ -302,7 +332,8 @@ class ConsistencyModule(L.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.nimg += self.global_batch
+        # the last step of a loader may have fewer micro-batches
+        self.nimg += self.global_batch // self.trainer.accumulate_grad_batches * self._micro_step
         self._micro_step = 0
         if self.nimg >= self.total_nimg:
             self.trainer.should_stop = True

@@ -26,7 +26,7 @@ from cm_lightning.optim import GradientGuard, LearningRate
 from cm_lightning.regimes.base import ConsistencyModule, radam_cm
 from cm_lightning.regimes.checks import check_twin
 from cm_lightning.sampling import GuidedDenoiser
-from cm_lightning.types import Denoiser, InputError
+from cm_lightning.types import Denoiser, InputError, check_word
 from cm_lightning.weights import Loaded, Pretrained, start_from
 
 __all__ = ["CD"]
@@ -88,7 +88,10 @@ class CD(ConsistencyModule):
         seed: int = 0,
         init: Literal["teacher", "random"] | Pretrained = "teacher",
     ) -> None:
+        check_word("model.solver", solver, ("heun", "euler"))
         weights = init if isinstance(init, Pretrained) else None
+        if weights is None:
+            check_word("model.init", init, ("teacher", "random"))
         super().__init__(denoiser, total_kimg, optimizer, learning_rate, gradients, seed, weights)
         loaded = load_teacher(denoiser, teacher)
         self.borrow("teacher", loaded.denoiser, teacher.path, loaded.info)
@@ -114,6 +117,8 @@ def load_teacher(denoiser: Denoiser, teacher: Pretrained) -> Loaded:
     Raises:
         InputError: If it cannot.
     """
+    if not isinstance(teacher, Pretrained):
+        raise InputError(f"CD's teacher must be Pretrained(path), got {teacher!r}.")
     path = Path(teacher.path)
     if not path.exists():
         config = path.name if path.name.startswith("diffusion_") else "diffusion_digits"

@@ -27,7 +27,7 @@ from cm_lightning.objective import (
 )
 from cm_lightning.optim import GradientGuard, LearningRate
 from cm_lightning.regimes.base import ConsistencyModule, radam
-from cm_lightning.types import Batch, Denoiser, InputError, References
+from cm_lightning.types import Batch, Denoiser, InputError, References, check_word
 from cm_lightning.weights import Pretrained
 
 __all__ = ["SCT"]
@@ -97,6 +97,7 @@ class SCT(ConsistencyModule):
         init: Pretrained | None = None,
     ) -> None:
         super().__init__(denoiser, total_kimg, optimizer, learning_rate, gradients, seed, init)
+        check_word("model.solver", solver, ("euler", "heun"))
         if isinstance(coupling, MinibatchOT):
             raise InputError(
                 "model.coupling is MinibatchOT, but SCT's target takes image and noise to be "

@@ -14,6 +14,7 @@ from cm_lightning.sampling.samplers import (
     check_phases,
     check_samplers,
 )
+from cm_lightning.sigmas import karras_sigmas
 
 __all__ = [
     "DEFAULT_SAMPLERS",
@@ -32,6 +33,7 @@ __all__ = [
     "evaluating",
     "heun",
     "image_noise",
+    "karras_sigmas",
     "multistep",
     "phased",
 ]

@@ -15,12 +15,19 @@ from cm_lightning.types import Denoiser, InputError
 __all__ = ["check_eta", "check_labels", "check_sigmas", "image_noise", "multistep", "phased"]
 
 
-def check_sigmas(sigmas: Sequence[float]) -> None:
+def check_sigmas(sigmas: Sequence[float] | Tensor | np.ndarray) -> list[float]:
     """Check a sampling grid.
+
+    Args:
+        sigmas: Noise levels.
+
+    Returns:
+        The levels.
 
     Raises:
         InputError: If it is empty, has a level outside 1e-12...1e12, or does not decrease.
     """
+    sigmas = [float(sigma) for sigma in sigmas]
     if not sigmas:
         raise InputError("sigmas is empty: give at least one noise level, such as 80.")
     for sigma in sigmas:
@@ -29,6 +36,7 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
     for larger, smaller in pairwise(sigmas):
         if smaller >= larger:
             raise InputError(f"sigmas must decrease, got {larger:g} followed by {smaller:g}.")
+    return sigmas
 
 
 def check_labels(denoiser: Denoiser, labels: Tensor | None, n: int) -> None:
@@ -65,18 +73,27 @@ def image_noise(seed: int, index: Sequence[int], steps: int, shape: Sequence[int
 
     Args:
         seed: Seed, >= 0.
-        index: Image numbers, B of them.
+        index: Image numbers >= 0, B of them.
         steps: Number of sampling steps S; the noise of the first steps does not depend on it.
         shape: Image shape ``(C, H, W)``.
 
     Returns:
         fp32 tensor ``(S, B, C, H, W)``.
+
+    Raises:
+        InputError: If the seed or an image number is negative.
     """
+    index = [int(image) for image in index]
+    if seed < 0 or min(index, default=0) < 0:
+        raise InputError(
+            f"Seed and image numbers must be 0 or more, got seed {seed} and images from "
+            f"{min(index, default=0)}."
+        )
     noise = torch.empty(steps, len(index), *shape)
     generator = torch.Generator()
     for row, image in enumerate(index):
         state = np.random.SeedSequence((seed, image)).generate_state(1, np.uint64)
-        generator.manual_seed(int(state[0] >> np.uint64(1)))
+        generator.manual_seed(int(state[0]) >> 1)
         for step in range(steps):
             noise[step, row] = torch.randn(*shape, generator=generator)
     return noise
@@ -86,7 +103,7 @@ def image_noise(seed: int, index: Sequence[int], steps: int, shape: Sequence[int
 def multistep(
     denoiser: Denoiser,
     noise: Tensor,
-    sigmas: Sequence[float],
+    sigmas: Sequence[float] | Tensor,
     labels: Tensor | None = None,
 ) -> Tensor:
     r"""Multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, Algorithm 1).
@@ -96,6 +113,7 @@ def multistep(
 
     As in the official ECT code the added noise is :math:`\sigma_i z_i` in float64; OpenAI's code
     adds :math:`\sqrt{\sigma_i^2 - \sigma_\text{min}^2}\, z_i` and clamps. Nothing is clamped here.
+    No gradient is kept.
 
     Args:
         denoiser: The consistency model; it is called in its current mode (use ``eval()``).
@@ -110,7 +128,7 @@ def multistep(
         InputError: If the levels are not positive and decreasing, if there are fewer noises than
             levels, or if labels are not the model's.
     """
-    check_sigmas(sigmas)
+    sigmas = check_sigmas(sigmas)
     check_labels(denoiser, labels, noise.shape[1])
     if len(noise) < len(sigmas):
         raise InputError(f"{len(sigmas)} sigmas need as many noise tensors, got {len(noise)}.")
@@ -147,7 +165,7 @@ def phased(
 
     from :math:`x = e_M z`. No noise is added. With :math:`\eta < 1` the model is never asked on an
     edge, where the function it has learned jumps ("edge skipping"; the paper's formula is not
-    recoverable, this is ours). With one phase it is one-step sampling.
+    recoverable, this is ours). With one phase it is one-step sampling. No gradient is kept.
 
     Args:
         denoiser: The consistency model; it is called in its current mode (use ``eval()``).

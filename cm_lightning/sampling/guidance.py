@@ -79,6 +79,7 @@ class GuidedDenoiser(Denoiser):
         if self.worse is not None:
             bad: Tensor = self.worse(x, sigma, labels)
         else:
-            assert labels is not None
+            if labels is None:
+                raise InputError("Classifier-free guidance needs labels, got None.")
             bad = self.denoiser(x, sigma, torch.full_like(labels, -1))
         return bad + self.scale * (good - bad)

@@ -2,12 +2,13 @@ r"""Deterministic samplers of the probability-flow ODE for diffusion models."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from cm_lightning.sampling.consistency import check_labels
+from cm_lightning.sampling.consistency import check_labels, check_sigmas
 from cm_lightning.types import Denoiser
 
 __all__ = ["euler", "heun"]
@@ -15,11 +16,14 @@ __all__ = ["euler", "heun"]
 
 @torch.no_grad()
 def euler(
-    denoiser: Denoiser, noise: Tensor, sigmas: Tensor, labels: Tensor | None = None
+    denoiser: Denoiser,
+    noise: Tensor,
+    sigmas: Sequence[float] | Tensor,
+    labels: Tensor | None = None,
 ) -> Tensor:
     r"""Deterministic first-order sampler (DDIM in this parametrisation), N network calls.
 
-    The state is float64.
+    The state is float64. No gradient is kept.
 
     Args:
         denoiser: A diffusion model.
@@ -31,10 +35,10 @@ def euler(
         Images ``(B, C, H, W)`` in the dtype of the noise.
 
     Raises:
-        InputError: If labels are not the model's.
+        InputError: If the levels are not positive and decreasing, or labels not the model's.
     """
+    grid = [*check_sigmas(sigmas), 0.0]
     check_labels(denoiser, labels, len(noise))
-    grid: list[float] = [*sigmas.double().tolist(), 0.0]
     x = noise.double() * grid[0]
     for here, there in pairwise(grid):
         x = x + (there - here) * _slope(denoiser, x, here, labels, noise.dtype)
@@ -42,10 +46,15 @@ def euler(
 
 
 @torch.no_grad()
-def heun(denoiser: Denoiser, noise: Tensor, sigmas: Tensor, labels: Tensor | None = None) -> Tensor:
+def heun(
+    denoiser: Denoiser,
+    noise: Tensor,
+    sigmas: Sequence[float] | Tensor,
+    labels: Tensor | None = None,
+) -> Tensor:
     r"""Deterministic second-order sampler (arXiv:2206.00364, Algorithm 1), 2N - 1 network calls.
 
-    The state is float64; the last step, to noise level 0, is an Euler step.
+    The state is float64; the last step, to noise level 0, is an Euler step. No gradient is kept.
 
     Args:
         denoiser: A diffusion model.
@@ -58,14 +67,14 @@ def heun(denoiser: Denoiser, noise: Tensor, sigmas: Tensor, labels: Tensor | Non
         Images ``(B, C, H, W)`` in the dtype of the noise.
 
     Raises:
-        InputError: If labels are not the model's.
+        InputError: If the levels are not positive and decreasing, or labels not the model's.
     """
+    grid = [*check_sigmas(sigmas), 0.0]
     check_labels(denoiser, labels, len(noise))
 
     def slope(x: Tensor, sigma: float) -> Tensor:
         return _slope(denoiser, x, sigma, labels, noise.dtype)
 
-    grid: list[float] = [*sigmas.double().tolist(), 0.0]
     x = noise.double() * grid[0]
     for here, there in pairwise(grid):
         d = slope(x, here)

@@ -161,7 +161,10 @@ def build_denoiser(config: Mapping[str, Any], where: str) -> Denoiser:
 
 
 def save_weights(
-    folder: Path, denoiser: Mapping[str, Any], weights: Mapping[str, Tensor], info: dict[str, Any]
+    folder: str | Path,
+    denoiser: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    info: dict[str, Any],
 ) -> None:
     """Write ``model.safetensors`` and ``config.json``, each whole or not at all.
 
@@ -171,6 +174,7 @@ def save_weights(
         weights: State dict of the denoiser, fp32.
         info: What else to record: regime, EMA profile, kimg, data fingerprint.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
     save_tensors(tensors, folder / "model.safetensors")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cm_lightning.documents import check_form, read_mapping
-from cm_lightning.ema import posthoc_coefficients, power_exponent, snapshot_nimg
+from cm_lightning.ema import PowerEMA, posthoc_coefficients, power_exponent, snapshot_nimg
 from cm_lightning.types import InputError
 from cm_lightning.weights.portable import (
     Loaded,
@@ -22,7 +22,7 @@ from cm_lightning.weights.portable import (
 
 __all__ = ["load_posthoc"]
 
-_NAME = re.compile(r"ema_std(\d\.\d{3})(?:@([\d.]+))?")
+_NAME = re.compile(r"ema_std([\d.e-]+)(?:@([\d.]+))?")
 
 
 def load_posthoc(source: str | Path, std: float) -> Loaded:
@@ -78,7 +78,7 @@ def load_posthoc(source: str | Path, std: float) -> Loaded:
         summed = sum((x * average[name].double() for x, average in parts), torch.zeros(()))
         weights[name] = summed.float()
     loaded.denoiser.load_state_dict(weights)
-    info = loaded.info | {"ema": f"ema_std{std:.3f}_posthoc"}
+    info = loaded.info | {"ema": f"{PowerEMA(std).name}_posthoc"}
     return Loaded(loaded.denoiser, info, loaded.config)
 
 
