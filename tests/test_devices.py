@@ -29,7 +29,7 @@ from cm_lightning.data import Digits, EDMAugment, ImageDataModule, module
 from cm_lightning.ema import ConstantEMA, HalfLifeEMA, PowerEMA
 from cm_lightning.evaluation import DigitsFeatures, to_uint8
 from cm_lightning.evaluation.frechet import FrechetDistance
-from cm_lightning.networks import EDMPrecond, SongUNet
+from cm_lightning.networks import ADMUNet, EDM2Precond, EDM2UNet, EDMPrecond, SongUNet
 from cm_lightning.objective import Draw
 from cm_lightning.regimes import Diffusion
 from cm_lightning.sampling import (
@@ -271,3 +271,30 @@ def test_samples_and_their_features(name, gpu, monkeypatch):
         )
         assert images.device == CUDA
         metric.update(to_uint8(images.nan_to_num()), real=False)
+
+
+SIZES = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}
+NETWORKS = {
+    "song": lambda: EDMPrecond(SongUNet(8, 1, 1, **SIZES, attn_resolutions=[4])),
+    "adm": lambda: EDMPrecond(ADMUNet(8, 1, 1, **SIZES, attn_resolutions=[4])),
+    "edm2": lambda: EDM2Precond(EDM2UNet(8, 1, 1, **SIZES, attn_resolutions=[4])),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_pass_under_autocast(name, dtype, gpu, monkeypatch):
+    """Autocast of a GPU knows other operations than that of a CPU."""
+    denoiser = NETWORKS[name]().to(CUDA)
+    monkeypatch.setattr(torch.amp.autocast_mode, "is_autocast_available", lambda kind: True)
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        with gpu:
+            x = torch.zeros(2, 1, 8, 8, device=CUDA)
+            out = denoiser(x, torch.ones(2, device=CUDA))
+        assert (out.device, out.dtype, out.shape) == (CUDA, torch.float32, x.shape)
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])

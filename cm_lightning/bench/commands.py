@@ -7,6 +7,7 @@ import torch
 from cm_lightning.bench import distances, parts, posterior, step, store
 from cm_lightning.bench.common import Benchmark, machine
 from cm_lightning.cli.errors import CommandParser, readable_errors
+from cm_lightning.transfer import keep_fp32
 from cm_lightning.types import InputError
 
 __all__ = ["BENCHMARKS", "main"]
@@ -38,6 +39,8 @@ def main(args: list[str] | None = None) -> None:
             small = min(value) if isinstance(value, list) else value
             if name != "seed" and isinstance(small, int) and small < 1 and small is not False:
                 raise InputError(f"--{name} must be 1 or more, got {value}.")
+        keep_fp32()
+        torch.backends.cudnn.benchmark = True  # as in cm-fit and in the published loops
         print(machine(torch.device(getattr(options, "device", "cpu"))), flush=True)
         run = {benchmark.name: benchmark.run for benchmark in BENCHMARKS}
         print(run[options.name](options))

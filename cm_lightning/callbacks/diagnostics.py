@@ -152,9 +152,9 @@ class DiagnosticsCallback(StepCallback):
     def on_step(self, trainer: L.Trainer, pl_module: Any, before: int, after: int) -> None:
         """Add the gradient norm; at the end of a window log and start anew."""
         assert self._sums is not None
-        stats = pl_module.gradient_stats
-        self._sums[-1, 0] += 1
-        self._sums[-1, 1] += stats.norm.double().nan_to_num()
+        if trainer.is_global_zero:  # the sums of all ranks are added, and a step is one
+            self._sums[-1, 0] += 1
+            self._sums[-1, 1] += pl_module.gradient_stats.norm.double().nan_to_num()
         if due(before, after, self.every_kimg, pl_module.total_nimg):
             self._log(trainer, pl_module)
 
@@ -185,7 +185,8 @@ class DiagnosticsCallback(StepCallback):
             for name, count, value in zip(self.bins, counts, values, strict=True):
                 if count:
                     metrics[f"{note}/{name}"] = float(value / count)
-        metrics |= self._target_variance(trainer, pl_module) | self.teacher(trainer, pl_module)
+        with torch.compiler.set_stance("eager_on_recompile"):  # their batches have other sizes
+            metrics |= self._target_variance(trainer, pl_module) | self.teacher(trainer, pl_module)
         now = time.perf_counter()
         images = pl_module.nimg - self._counted
         metrics["speed/images_per_second"] = images / max(now - self._clock, 1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,11 +160,17 @@ class FIDCallback(StepCallback):
         self._check_profiles(find_ema(trainer))
         if self.reference != "auto":
             load_statistics(self.reference, metric=self.features.metric)
+        error = InputError("another process cannot load its weights")
         try:
             self.features.load()
-        except InputError as error:
+            missing = False
+        except InputError as found:
+            error, missing = found, True
+            if not trainer.is_global_zero:
+                print(f"Process {trainer.global_rank}: {error}", file=sys.stderr, flush=True)
+        if trainer.strategy.reduce_boolean_decision(missing, all=False):
             if self.required:
-                raise
+                raise error
             self.enabled = False
             say(f"No {self.features.metric} in this run: {error}")
             return
@@ -278,7 +285,27 @@ class FIDCallback(StepCallback):
         sampler: Sampler,
         data: Any,
     ) -> float:
-        metric.reset()
+        while True:
+            metric.reset()
+            try:
+                self._update(trainer, metric, denoiser, sampler, data)
+            except torch.OutOfMemoryError:
+                if self.batch == 1:
+                    raise
+                self.batch //= 2  # numbered images do not depend on it
+                say(f"Too little memory for an evaluation: fid.batch is {self.batch} from now on.")
+            else:
+                return float(metric.compute())
+
+    def _update(
+        self,
+        trainer: L.Trainer,
+        metric: FrechetDistance,
+        denoiser: Denoiser,
+        sampler: Sampler,
+        data: Any,
+    ) -> None:
+        """Show the metric all samples of this process."""
         index = range(trainer.global_rank, self.n, trainer.world_size)
         labels = draw_labels(data.store.labels if data.num_classes else None, index)
         bad = 0
@@ -294,9 +321,9 @@ class FIDCallback(StepCallback):
         ):
             bad += count_nonfinite(images)
             metric.update(to_uint8(images), real=False)
+        bad = int(trainer.strategy.reduce(torch.tensor(bad, device=metric.device), reduce_op="sum"))
         if bad:
-            say(f"{bad} of {len(index)} samples ({sampler.name}) are not finite.")
-        return float(metric.compute())
+            say(f"{bad} of {self.n} samples ({sampler.name}) are not finite.")
 
     def state_dict(self) -> dict[str, Any]:
         """Last values, and the best so far."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cm_lightning.callbacks.ema import EMACallback
+from cm_lightning.objective import Distance
 from cm_lightning.types import Denoiser
 
 __all__ = ["MemoryEstimate", "estimate_memory", "kept_bytes"]
@@ -40,13 +41,19 @@ class MemoryEstimate(NamedTuple):
         )
 
 
-def kept_bytes(denoiser: Denoiser, images: int, context: AbstractContextManager[Any]) -> int:
+def kept_bytes(
+    denoiser: Denoiser,
+    images: int,
+    context: AbstractContextManager[Any],
+    distance: Distance | None = None,
+) -> int:
     """Bytes that a forward pass keeps for the backward pass, weights themselves left out.
 
     Args:
         denoiser: The network, run as it is on zeros; torch's generators are left untouched.
         images: Images of the batch.
         context: Precision of the pass.
+        distance: Distance of the result, which may be a network too.
     """
     assert denoiser.image_shape is not None
     device = next(denoiser.parameters()).device
@@ -65,6 +72,7 @@ def kept_bytes(denoiser: Denoiser, images: int, context: AbstractContextManager[
     eager = torch.compiler.set_stance("force_eager")
     with torch.random.fork_rng([device] if device.type == "cuda" else []), context, hooks, eager:
         out = denoiser(x, torch.ones(images, device=device), labels)
+        out = out if distance is None else distance(out, x)
     del out  # until here what was kept stays where it is
     return sum(sizes.values())
 
@@ -90,7 +98,11 @@ def estimate_memory(trainer: L.Trainer, pl_module: Any) -> MemoryEstimate | None
     state = 4 * sum(weights) * (1 + moments + profiles)
     state += sum(_size(network) for network in pl_module.networks)
     batch = data.plan(trainer.world_size).micro_batch
-    one, two = (kept_bytes(denoiser, n, trainer.precision_plugin.forward_context()) for n in (1, 2))
+    distance = getattr(getattr(pl_module, "objective", None), "distance", None)
+    one, two = (
+        kept_bytes(denoiser, n, trainer.precision_plugin.forward_context(), distance)
+        for n in (1, 2)
+    )
     return MemoryEstimate(
         state, data.held_bytes, max(2 * one - two, 0) + (two - one) * batch, batch
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -21,7 +24,7 @@ class PerformanceCallback(L.Callback):
         compile: Compile the backbones of all networks (minutes at the start of a run); ``None``:
             on a GPU with a compiler.
         channels_last: Let convolutions keep the channels of a pixel together; ``None``: on a
-            GPU.
+            GPU where the backbone is compiled (eager group norms there give the other layout back).
         tf32: Allow products of fp32 numbers with 10 bits of mantissa on a GPU, in convolutions
             too. The published recipes do not.
         checkpointing: Compute the activations of residual blocks a second time in the backward
@@ -54,15 +57,19 @@ class PerformanceCallback(L.Callback):
             backbone: nn.Module = getattr(network, "backbone", network)
             if self.checkpointing:
                 _recompute(backbone)
+            compiled = gpu and compiler("cuda") if self.compile is None else self.compile
+            together = gpu and compiled if self.channels_last is None else self.channels_last
             if hasattr(network, "channels_last"):
-                network.channels_last = gpu if self.channels_last is None else self.channels_last
-            if self.compile or (self.compile is None and gpu and compiler("cuda")):
+                network.channels_last = together
+            if compiled:
                 if not compiler(pl_module.device.type):
                     raise InputError(
-                        "performance.compile needs a C++ compiler, and on a GPU Triton: install "
-                        "them, or set it to false."
+                        "performance.compile needs a C++ compiler, and on a GPU Triton and the "
+                        "headers of Python (Python.h): install them, or set it to false."
                     )
-                backbone.compile()
+                # left alone, inductor keeps a graph with narrow convolutions in its other layout
+                options = {"force_layout_optimization": True} if together else None
+                backbone.compile(options=options)
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Give torch its own TF32 switches back."""
@@ -80,7 +87,12 @@ def compiler(kind: str) -> bool:
     from torch.utils._triton import has_triton
 
     found = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-    return found and (kind != "cuda" or has_triton())
+    if kind != "cuda":
+        return found
+    # Triton builds a module for Python at its first use
+    c = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return found and bool(c) and header.is_file() and has_triton()
 
 
 def _recompute(backbone: nn.Module) -> None:

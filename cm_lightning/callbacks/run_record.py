@@ -54,6 +54,19 @@ class RunRecordCallback(L.Callback):
         self._started = 0.0
         self._lock = _Lock()
 
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Check that all processes begin at one place.
+
+        Raises:
+            InputError: If they do not.
+        """
+        first = trainer.strategy.broadcast(self.resumed_from)
+        if not trainer.strategy.reduce_boolean_decision(first == self.resumed_from, all=True):
+            raise InputError(
+                f"Some processes go on from {first or 'nothing'} and others do not find it: the "
+                "run directory must be on a file system that all nodes share."
+            )
+
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write both files, drop log rows after the checkpoint, say what is about to happen.
 

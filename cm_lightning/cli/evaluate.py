@@ -35,6 +35,7 @@ from cm_lightning.sampling import (
     check_phases,
 )
 from cm_lightning.sigmas import phase_edges
+from cm_lightning.transfer import keep_fp32
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.weights import check_class_paths, load_weights
 
@@ -118,6 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``cm-eval``."""
     options = build_parser().parse_args(args)
+    keep_fp32()
     with readable_errors(COMMAND):
         run(options)
 
@@ -254,7 +256,13 @@ def run(options: argparse.Namespace) -> None:
             started = time.perf_counter()
             outputs, images = draw(model, cell, against, options, fabric)
             if fabric.is_global_zero:
-                found = scores(options.scores, outputs, reference.statistics, reference.real)
+                found = scores(
+                    options.scores,
+                    outputs,
+                    reference.statistics,
+                    reference.real,
+                    device=fabric.device,
+                )
                 if images is not None:
                     labels = eval_labels(against, model, range(options.n))
                     save_npz(samples_of(cell, out), images, labels)

@@ -205,8 +205,11 @@ def draw(
             logits = torch.empty(len(images), 0) if outputs.logits is None else outputs.logits
             kept = images.cpu() if keep else torch.empty(len(images), 0, dtype=torch.uint8)
             parts.append((outputs.features, logits, kept))
+    everywhere = fabric.all_reduce(torch.tensor(bad, device=fabric.device), reduce_op="sum")
+    assert isinstance(everywhere, Tensor)
+    bad = int(everywhere)
     if bad:
-        raise InputError(f"{bad} of {len(index)} samples of {describe(cell)} are not finite.")
+        raise InputError(f"{bad} of {options.n} samples of {describe(cell)} are not finite.")
     columns = [
         gather(torch.cat(list(column)), fabric, options.n) for column in zip(*parts, strict=True)
     ]

@@ -115,6 +115,7 @@ class FitCLI(LightningCLI):
                 "use_distributed_sampler": False,
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
+                "benchmark": True,  # shapes are fixed, so cuDNN may try its algorithms
             },
             parser_class=FitParser,
             parser_kwargs={"prog": COMMAND, "allow_abbrev": False},

@@ -28,8 +28,12 @@ def check(cli: FitCLI) -> None:
         with starting(module):
             trainer.fit(module, data)
         seconds = time.perf_counter() - started
+        for network in (module, *module.networks):  # the trainer brought them back to the CPU
+            network.to(trainer.strategy.root_device)
         values = fid.evaluate(trainer, module) if fid.enabled else {}
-    print(check_report(cli, seconds, values))
+    report = check_report(cli, seconds, values)
+    if trainer.is_global_zero:
+        print(report)
 
 
 def check_report(cli: FitCLI, seconds: float, values: dict[str, float]) -> str:

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lightning as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from cm_lightning.callbacks import EMACallback, checkpoints_of
 from cm_lightning.callbacks.run_record import in_use, is_in_use
@@ -50,6 +52,8 @@ def fit(cli: FitCLI) -> None:
         if trainer.is_global_zero:
             export(cli)
     except TrainingStopped as error:
+        if is_child(trainer):  # with another code its parent would be killed before it has ended
+            sys.exit(0)
         fail(COMMAND, str(error), error.code)
     except OSError as error:
         fail(COMMAND, f"{error} (in {plan.run_dir}); afterwards the same command continues.", 1)
@@ -57,6 +61,12 @@ def fit(cli: FitCLI) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, KimgWandbLogger) and not logger.finish():
                 leave_at_once()
+
+
+def is_child(trainer: L.Trainer) -> bool:
+    """Whether Lightning's own launcher started this process beside that of the command line."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
 
 
 def out_of_memory(cli: FitCLI, error: Exception) -> str:
@@ -154,9 +164,41 @@ def prepare_resume(cli: FitCLI) -> dict[str, Any] | None:
             f"{cli.plan.run_dir} holds a newer checkpoint, {newest.name}, than {path}: choose "
             "another --run_dir, so that nothing is lost."
         )
+    if not fork:
+        check_micro_batch(cli)
     if cli.trainer.is_global_zero:
         print(f"Resuming from {path} at {nimg / 1000:g} kimg.")
     return checkpoint
+
+
+def check_micro_batch(cli: FitCLI) -> None:
+    """Check that rows which act on each other do so among as many as before.
+
+    Args:
+        cli: The run, which goes on.
+
+    Raises:
+        InputError: If micro-batches, or those of all devices together, have another size.
+    """
+    config = cli.config.as_dict()
+    if not depends_on_micro_batch(config):
+        return
+    record = run_record(cli.plan.run_dir)
+    start = record["starts"][-1] if record.get("starts") else {}
+    try:
+        parts = start["world_size"] * start["accumulation"], start["world_size"]
+        before = record["global_batch"] // parts[0]
+    except (KeyError, TypeError, ZeroDivisionError):
+        return  # an incomplete record
+    plan, now = cli.datamodule.plan(cli.trainer.world_size), "micro-batches"
+    after = plan.micro_batch
+    if (config["model"]["init_args"].get("references") or {}).get("gather"):
+        before, after, now = before * parts[1], after * plan.world, "micro-batches of all devices"
+    if before != after:
+        raise InputError(
+            f"{cli.plan.run_dir} was trained in {now} of {before} images, whose rows act on each "
+            f"other, and would go on with {after}: change data.micro_batch or the devices."
+        )
 
 
 def check_fork(cli: FitCLI, path: Path, nimg: int, start: dict[str, Any] | None) -> None:

@@ -26,7 +26,8 @@ _HARMLESS = {
     "data.cache",
     "model.init_args.posterior.init_args.chunk",
 }
-"""Keys below model and data that change speed, and results at most by rounding."""
+"""Keys below model and data that change speed, and results at most by rounding (micro-batches
+whose rows act on each other are compared where the number of devices is known)."""
 
 
 @dataclass(frozen=True)
@@ -160,13 +161,12 @@ def read_config(path: Path) -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Keys that change results and differ between two configs, as ``key: old -> new``."""
     kept = ("model", "data", "ema", "seed_everything")
-    harmless = _HARMLESS - ({"data.micro_batch"} if depends_on_micro_batch(new) else set())
     a = dict(flatten({key: old.get(key) for key in kept}))
     b = dict(flatten({key: new.get(key) for key in kept}))
     return [
         f"{key}: {a.get(key, 'absent')} -> {b.get(key, 'absent')}"
         for key in sorted(a.keys() | b.keys())
-        if key not in harmless and a.get(key, "absent") != b.get(key, "absent")
+        if key not in _HARMLESS and a.get(key, "absent") != b.get(key, "absent")
     ]
 
 

@@ -29,6 +29,7 @@ from cm_lightning.sampling import (
     draw_images,
 )
 from cm_lightning.sigmas import phase_edges
+from cm_lightning.transfer import keep_fp32
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.version import __version__
 from cm_lightning.weights import load_weights
@@ -104,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``cm-sample``."""
     options = build_parser().parse_args(args)
+    keep_fp32()
     with readable_errors(COMMAND):
         run(options)
 

@@ -80,6 +80,10 @@ class EDMAugment:
         Returns:
             Images, and labels ``(B, 9)``.
         """
+        with torch.autocast(images.device.type, enabled=False):  # positions need fp32
+            return self._augment(images, u, w)
+
+    def _augment(self, images: Tensor, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         mirror = (u[:, 0] < 0.5).to(w)
         upside = ((u[:, 1] < self.p) & (u[:, 2] < 0.5)).to(w)
         scale = w[:, 0] * (u[:, 3] < self.p)

@@ -229,6 +229,8 @@ class ImageDataModule(L.LightningDataModule):
         Raises:
             InputError: If labels are wanted but missing, or the batch does not divide.
         """
+        if self._trial:  # whose folder is this process's own
+            self.prepare_data()
         self._store = ImageStore(self.source.folder(self.cache_dir, self.transform))
         if self.conditional and not self._store.num_classes:
             raise InputError(

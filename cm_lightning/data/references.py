@@ -336,9 +336,10 @@ def _nearest(x: Tensor, y: Tensor) -> Tensor:
     squares = (norms - 2 * x @ y.T).double()
     # one grey level in one pixel is a squared distance of 6e-5; rounding reaches 1e-5 of the norms
     close = squares < 1e-4 * (1 + norms)
-    for i, j in close.nonzero().tolist():
-        exact = float((x[i].double() - y[j].double()).square().sum())
-        squares[i, j] = exact if exact > 0 else torch.inf
+    for pairs in torch.split(close.nonzero(), 1024):
+        i, j = pairs.T
+        exact = (x[i].double() - y[j].double()).square().sum(1)
+        squares[i, j] = torch.where(exact > 0, exact, torch.inf)
     return squares.clamp_min(0).min(1).values
 
 

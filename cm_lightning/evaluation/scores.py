@@ -84,6 +84,7 @@ def scores(
     statistics: Statistics,
     real: Tensor | None,
     kid_subset: int = KID_SUBSET,
+    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """Scores of a set of samples.
 
@@ -101,6 +102,7 @@ def scores(
         statistics: Mean and covariance of the real features.
         real: Real features ``(M, D)`` for ``kid`` and ``prc``.
         kid_subset: Images per subset of the kernel distance.
+        device: Where the large products of ``fd`` and ``prc`` are computed.
     """
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
@@ -108,10 +110,12 @@ def scores(
 
     found: dict[str, float] = {}
     if "fd" in names:
-        x = fake.features.double()
+        x = fake.features.to(device).double()
         mu = x.mean(0)
         sigma = (x - mu).T @ (x - mu) / (len(x) - 1)
-        found["fd"] = frechet_distance(mu, sigma, statistics.mu, statistics.sigma)
+        found["fd"] = frechet_distance(
+            mu, sigma, statistics.mu.to(device), statistics.sigma.to(device)
+        )
     if "kid" in names:
         result = kid_features_to_metric(
             fake.features, real, kid_subset_size=kid_subset, verbose=False
@@ -126,7 +130,10 @@ def scores(
         assert real is not None
         dtype = torch.promote_types(fake.features.dtype, real.dtype)
         result = prc_features_to_metric(
-            fake.features.to(dtype), real.to(dtype), save_cpu_ram=True, verbose=False
+            fake.features.to(device, dtype),
+            real.to(device, dtype),
+            save_cpu_ram=True,
+            verbose=False,
         )
         found["precision"], found["recall"] = result["precision"], result["recall"]
     return {name: float(value) for name, value in found.items()}

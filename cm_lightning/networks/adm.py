@@ -193,8 +193,10 @@ class ADMUNet(nn.Module):
     ) -> Tensor:
         with torch.autocast(noise_labels.device.type, enabled=False):
             emb = self.map_noise(noise_labels.to(self.map_layer0.weight.dtype))
-            if self.map_augment is not None and augment_labels is not None:
-                emb = emb + self.map_augment(augment_labels.to(emb.dtype))
+            if self.map_augment is not None:  # every weight takes part in every pass, as DDP asks
+                told = emb.new_zeros(1, self.augment_dim)
+                told = told if augment_labels is None else augment_labels.to(emb.dtype)
+                emb = emb + self.map_augment(told)
             emb = self.map_layer1(functional.silu(self.map_layer0(emb)))
             if self.map_label is not None and class_labels is not None:
                 rows = class_labels.to(emb.dtype)

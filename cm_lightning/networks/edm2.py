@@ -137,7 +137,8 @@ class EDM2Block(Recomputable):
         if self.resample == "down":
             x = functional.avg_pool2d(x, 2)
         elif self.resample == "up":
-            x = functional.interpolate(x, scale_factor=2.0, mode="nearest")
+            # autocast on a GPU does it in fp32
+            x = functional.interpolate(x, scale_factor=2.0, mode="nearest").to(x.dtype)
         if self.encoder:
             x = x if self.conv_skip is None else self.conv_skip(x)
             x = unit_rms(x, dim=(1,))

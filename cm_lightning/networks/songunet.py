@@ -229,8 +229,10 @@ class SongUNet(nn.Module):
             elif self.map_label is not None:
                 zeros = torch.zeros(1, self.label_dim, dtype=emb.dtype, device=emb.device)
                 emb = emb + self.map_label(zeros)
-            if self.map_augment is not None and augment_labels is not None:
-                emb = emb + self.map_augment(augment_labels.to(emb.dtype))
+            if self.map_augment is not None:  # every weight takes part in every pass, as DDP asks
+                told = emb.new_zeros(1, self.augment_dim)
+                told = told if augment_labels is None else augment_labels.to(emb.dtype)
+                emb = emb + self.map_augment(told)
             emb = functional.silu(self.map_layer0(emb))
             return functional.silu(self.map_layer1(emb))
 

@@ -142,7 +142,15 @@ class ConsistencyModule(L.LightningModule):
         Args:
             objective: The objective; schedules without a length get that of the run.
             target: Profile of an averaged target network, ``None`` for the denoiser itself.
+
+        Raises:
+            InputError: If the denoiser learns a variance, which no such objective uses.
         """
+        if getattr(self.denoiser, "learn_variance", False):
+            raise InputError(
+                f"model.denoiser.learn_variance is true, and the loss of {type(self).__name__} "
+                "does not use it: set it to false."
+            )
         self.objective = objective.spanning(self.total_kimg)
         if target is not None:
             self._average("target", target)
@@ -364,6 +372,7 @@ class ConsistencyModule(L.LightningModule):
         state = checkpoint.get("cm_lightning")
         if state is None:
             raise InputError("The checkpoint was not written by cm_lightning.")
+        self._start_at_a_step(checkpoint)
         check_weights(self.state_dict(), checkpoint["state_dict"], "The checkpoint")
         data = getattr(getattr(self, "_trainer", None), "datamodule", None)
         fingerprint = getattr(data, "fingerprint", None)
@@ -385,6 +394,19 @@ class ConsistencyModule(L.LightningModule):
         self.gradient_stats = GradientStats(
             torch.zeros(()), torch.tensor(count), torch.tensor(streak)
         )
+
+    def _start_at_a_step(self, checkpoint: dict[str, Any]) -> None:
+        """Let Lightning, which steps at multiples of the accumulation, begin at one.
+
+        It goes on counting micro-batches where the checkpoint stood, at the end of a step; with
+        another accumulation the next step would take fewer of them.
+        """
+        accumulation = getattr(getattr(self, "_trainer", None), "accumulate_grad_batches", 1)
+        loop = checkpoint.get("loops", {}).get("fit_loop", {})
+        current = loop.get("epoch_loop.batch_progress", {}).get("current", {})
+        over = current.get("ready", 0) % accumulation
+        for name in current:
+            current[name] -= over
 
 
 def _is_plain(value: Any) -> bool:

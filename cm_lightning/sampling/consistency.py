@@ -27,6 +27,8 @@ def check_sigmas(sigmas: Sequence[float] | Tensor | np.ndarray) -> list[float]:
     Raises:
         InputError: If it is empty, has a level outside 1e-12...1e12, or does not decrease.
     """
+    if isinstance(sigmas, (Tensor, np.ndarray)):
+        sigmas = sigmas.tolist()
     sigmas = [float(sigma) for sigma in sigmas]
     if not sigmas:
         raise InputError("sigmas is empty: give at least one noise level, such as 80.")

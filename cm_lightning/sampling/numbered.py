@@ -71,11 +71,16 @@ def draw_images(
 
 @contextmanager
 def evaluating(denoiser: Denoiser) -> Iterator[None]:
-    """Eval mode inside the context; every module's own mode is restored on leaving."""
+    """Eval mode inside the context; every module's own mode is restored on leaving.
+
+    Batches of other sizes than those of training run eagerly where the network is compiled: they
+    would have it compiled anew, for batches of any size, and used in that form from then on.
+    """
     modes = [(module, module.training) for module in denoiser.modules()]
     denoiser.eval()
     try:
-        yield
+        with torch.compiler.set_stance("eager_on_recompile"):
+            yield
     finally:
         for module, training in modes:
             module.training = training

@@ -89,11 +89,11 @@ def test_a_killed_evaluation_continues(run, program, monkeypatch):
     assert program(*words, run / "whole").code == 0
     real, count = evaluate.scores, []
 
-    def dies(*arguments):
+    def dies(*arguments, **options):
         count.append(1)
         if len(count) == 2:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(evaluate, "scores", dies)
     with pytest.raises(KeyboardInterrupt):

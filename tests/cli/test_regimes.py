@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cm_lightning.evaluation import read_metrics
 from tests.cli.conftest import ONE_CALL, ROOT, TINY
 from tests.toys import REGIMES
 
@@ -69,6 +70,37 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, tmp_path, regime, word
         assert torch.equal(value, halves["state_dict"][name]), name
     own = {"cd": {"target"}, "ct": {"target"}, "gc": {"endpoint"}, "sct": set()}[regime]
     assert {name.split(".")[0] for name in whole["state_dict"]} == {"denoiser"} | own
+
+
+def test_a_resumed_run_may_split_its_batches_otherwise(train, tmp_path):
+    """Steps are whole from the first one on, whatever micro-batches the checkpoint stood after."""
+    assert train("ect", tmp_path / "whole", "--data.micro_batch", 64).code == 0
+    for steps, size in ((3, 64), (4, 16), (7, 32), (-1, 16)):
+        words = ["--trainer.max_steps", steps, "--data.micro_batch", size]
+        done = train("ect", tmp_path / "parts", *words)
+        assert done.code == 0, done.err
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    first, second = (read_metrics(run / "metrics.csv") for run in (whole, parts))
+    assert [row["kimg"] for row in first] == [row["kimg"] for row in second]
+    for a, b in zip(first, second, strict=True):
+        for key in ("loss", "gradient/norm"):
+            assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-4)
+    first, second = (
+        torch.load(run / "checkpoints/nimg000000000640.ckpt", weights_only=True)["state_dict"]
+        for run in (whole, parts)
+    )
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_rows_that_act_on_each_other_do_so_among_as_many(train, tmp_path):
+    words = ["--model.references.source", "batch"]
+    assert train("sct", tmp_path / "run", *words, "--trainer.max_steps", 3).code == 0
+    refused = train("sct", tmp_path / "run", *words, "--data.micro_batch", 16)
+    assert refused.code == 2
+    assert "was trained in micro-batches of 32 images, whose rows act" in refused.err
+    assert "would go on with 16" in refused.err
+    assert train("sct", tmp_path / "run", *words, "--data.micro_batch", 32).code == 0
 
 
 @pytest.mark.parametrize("source", ["bank", "batch"])
