@@ -62,7 +62,7 @@ class MetricsCSV(Logger):
 
         A row that cannot be written, on a full disk, waits for the next one.
         """
-        row = {"kimg": f"{metrics['kimg']:g}", "step": str(step)}
+        row = {"kimg": f"{metrics['kimg']:.12g}", "step": str(step)}
         row |= {key: f"{value:.8g}" for key, value in metrics.items() if key != "kimg"}
         self._waiting.append(row)
         with tolerated(str(self.path)):

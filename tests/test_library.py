@@ -30,7 +30,7 @@ from cm_lightning.callbacks.run_record import RunRecordCallback
 from cm_lightning.cli.fit_run import is_child
 from cm_lightning.data import Digits, EDMAugment, ImageDataModule, ReferenceSet, Source
 from cm_lightning.ema import ConstantEMA, PowerEMA, update_average
-from cm_lightning.evaluation import DigitsFeatures, to_uint8
+from cm_lightning.evaluation import DigitsFeatures, read_metrics, reference_name, to_uint8
 from cm_lightning.evaluation.frechet import frechet_distance
 from cm_lightning.loggers import MetricsCSV
 from cm_lightning.networks import ADMUNet, EDM2Precond, EDM2UNet, EDMPrecond, SongUNet
@@ -448,3 +448,23 @@ def test_a_child_of_lightnings_launcher_ends_quietly():
     for rank in (0, 1):
         assert is_child(SimpleNamespace(strategy=strategy, local_rank=rank)) == (rank == 1)
     assert not is_child(SimpleNamespace(strategy=SimpleNamespace(), local_rank=1))
+
+
+def test_rows_of_long_runs_are_kept_or_dropped_by_the_image(tmp_path):
+    log = MetricsCSV(tmp_path)
+    for nimg in (11_000_064, 150_000_000, 150_000_256):
+        log.log_metrics({"kimg": nimg / 1000, "loss": 1.0}, step=nimg // 128)
+    log.resume_at(150_000_000)
+    assert [row["kimg"] for row in read_metrics(log.path)] == [11000.064, 150000.0]
+    log.resume_at(11_000_064)
+    assert [row["kimg"] for row in read_metrics(log.path)] == [11000.064]
+
+
+def test_statistics_are_told_apart_by_their_content(tmp_path):
+    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ref.npz").write_bytes(content)
+    a, b, c = (reference_name(str(tmp_path / name / "ref.npz")) for name in "abc")
+    assert a == b != c
+    assert a.startswith("ref.npz ")
+    assert reference_name("auto") == "auto"

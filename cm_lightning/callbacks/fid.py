@@ -25,6 +25,7 @@ from cm_lightning.evaluation import (
     Inception,
     count_nonfinite,
     load_statistics,
+    reference_name,
     reference_statistics,
     to_uint8,
 )
@@ -138,7 +139,7 @@ class FIDCallback(StepCallback):
             "features": self.features.name,
             "features_sha256": self.features.fingerprint,
             "n": self.n,
-            "reference": self.reference,
+            "reference": reference_name(self.reference),
             "seed": self.seed,
         }
 

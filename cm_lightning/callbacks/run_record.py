@@ -22,7 +22,7 @@ from cm_lightning.callbacks.memory import estimate_memory
 from cm_lightning.callbacks.processor import device_name, slow_because
 from cm_lightning.callbacks.samples import SamplesCallback
 from cm_lightning.files import write_json, write_text
-from cm_lightning.loggers import KimgWandbLogger, MetricsCSV
+from cm_lightning.loggers import KimgWandbLogger, MetricsCSV, tolerated
 from cm_lightning.types import InputError
 from cm_lightning.version import __version__
 
@@ -82,12 +82,12 @@ class RunRecordCallback(L.Callback):
 
     def _begin(self, trainer: L.Trainer, pl_module: Any) -> None:
         run_dir = Path(trainer.default_root_dir)
+        started = time.perf_counter()
         free = trainer.strategy.broadcast(
             self._lock.take(run_dir) if trainer.is_global_zero else None
         )
         if not free:
             raise in_use(run_dir)
-        self._started = time.perf_counter()
         late = None if self.late_logger is None else self.late_logger()
         if late is not None:
             trainer.loggers = [*trainer.loggers, late]
@@ -97,6 +97,7 @@ class RunRecordCallback(L.Callback):
                     logger.resume_at(pl_module.nimg)
             self._write_config(run_dir)
             self._write_record(run_dir, trainer, pl_module)
+            self._started = started
             print(start_summary(trainer, pl_module, self.resumed_from), flush=True)
 
     def _write_config(self, run_dir: Path) -> None:
@@ -144,9 +145,7 @@ class RunRecordCallback(L.Callback):
         """Say what came out and where it lies; add the results to ``run.json``."""
         if trainer.is_global_zero:
             seconds = time.perf_counter() - self._started
-            path = Path(trainer.default_root_dir) / "run.json"
-            record = json.loads(path.read_text(encoding="utf-8"))
-            record["starts"][-1]["seconds"] = round(seconds, 1)
+            path, record = self._timed(trainer, seconds)
             record["results"] = {"kimg": pl_module.nimg / 1000, **results(trainer)}
             write_json(path, record)
             print(end_summary(trainer, pl_module, seconds), flush=True)
@@ -156,8 +155,18 @@ class RunRecordCallback(L.Callback):
         self._lock.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Let go of the run directory."""
+        """Note the time that was spent, and let go of the run directory."""
+        if trainer.is_global_zero and self._started:
+            with tolerated("The time of this start"):
+                write_json(*self._timed(trainer, time.perf_counter() - self._started))
         self._lock.release()
+
+    def _timed(self, trainer: L.Trainer, seconds: float) -> tuple[Path, dict[str, Any]]:
+        """``run.json``, and its content with the time of this start."""
+        path = Path(trainer.default_root_dir) / "run.json"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["starts"][-1]["seconds"] = round(seconds, 1)
+        return path, record
 
 
 class _Lock:

@@ -38,10 +38,18 @@ def differing(entries: list[Entry]) -> list[str]:
     return found
 
 
-def best_by_nfe(entry: Entry) -> dict[str, tuple[float, str]]:
-    """Lowest mean distance per number of network calls, and it in words with its spread."""
+def best_by_nfe(entry: Entry, everywhere: set[str]) -> dict[str, tuple[float, str]]:
+    """Lowest mean distance per number of network calls, and it in words with its spread.
+
+    Args:
+        entry: The run.
+        everywhere: What was measured in all runs; where there is any, nothing else competes.
+    """
     best: dict[str, tuple[float, str]] = {}
+    shared = {nfe_of(key) for key in everywhere}
     for key, values in entry.distances.items():
+        if nfe_of(key) in shared and key not in everywhere:
+            continue
         mean = fmean(values)
         text = f"{mean:.4g}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
         if mean < best.get(nfe_of(key), (float("inf"), ""))[0]:
@@ -54,7 +62,8 @@ def overview(entries: list[Entry], ranked: bool) -> tuple[list[str], list[list[s
 
     The lowest distance of a column is bold if ranks make sense.
     """
-    bests = [best_by_nfe(entry) for entry in entries]
+    everywhere = set.intersection(*(set(entry.distances) for entry in entries))
+    bests = [best_by_nfe(entry, everywhere) for entry in entries]
     columns = sorted({nfe for best in bests for nfe in best}, key=lambda nfe: (len(nfe), nfe))
     head = ["run", "regime"]
     head += [f"FD, {nfe} call{'s' if nfe != '1' else ''}" for nfe in columns]
@@ -96,8 +105,8 @@ def summary(entries: list[Entry], reasons: list[str]) -> list[str]:
     lines.append(
         f"FD is the Frechet distance between generated and training images{over}: 0 is perfect, "
         "lower is better. Each column is for a number of network calls per image; where several "
-        "averages of the weights were measured, the best one is given"
-        + ("." if reasons or len(entries) < 2 else ". The lowest of a column is bold.")
+        "averages of the weights or ways of sampling were measured, the best that all runs have is "
+        "given" + ("." if reasons or len(entries) < 2 else ". The lowest of a column is bold.")
     )
     if any(len(values) > 1 for entry in entries for values in entry.distances.values()):
         lines.append("± is the standard deviation over seeds of the noise, not of training.")

@@ -150,7 +150,8 @@ def distance_panels(entries: Sequence[Entry]) -> list[Panel]:
             options = {key: points for key, points in lines.items() if nfe_of(key) == nfe}
             if options:
                 key = min(options, key=lambda key: options[key][-1][2])
-                chosen[number] = (f"{entries[number].name} ({key.split('/')[1]})", options[key])
+                metric, profile = key.split("/")[:2]
+                chosen[number] = (f"{entries[number].name} ({profile}, {metric})", options[key])
         for column, unit, axis_words in (
             (0, "thousands of images (kimg)", "images seen"),
             (1, "minutes of training", "time spent"),
@@ -164,6 +165,8 @@ def distance_panels(entries: Sequence[Entry]) -> list[Panel]:
             name = f"fd_nfe{nfe}_{('kimg', 'minutes')[column]}".replace("?", "x")
             title = f"{calls(nfe).capitalize()}, by {axis_words}"
             caption = "Lower is better; the line that falls first learns fastest."
+            if len({words.split(", ")[-1] for words, _ in chosen.values()}) > 1:
+                caption = "These lines were measured differently and cannot be compared."
             panels.append(Panel(name, title, caption, png(figure)))
     return panels
 

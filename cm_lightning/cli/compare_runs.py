@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,9 +90,18 @@ def read_entry(path: Path, evaluated: bool = True) -> Entry:
         ) from error
     rows = read_metrics(path / "metrics.csv")
     found = path / "eval" / "eval.json"
-    if evaluated and found.is_file():
-        content = read_mapping(found)
-        check_form(content, RESULTS, str(found))
+    content = read_mapping(found) if evaluated and found.is_file() else {}
+    if content:
+        check_form(content, RESULTS | {"kimg?": (float, type(None))}, str(found))
+    measured, trained = content.get("kimg"), (record.get("results") or {}).get("kimg")
+    if measured and trained and measured < trained and not _has_snapshots(content):
+        print(
+            f"{found} is of {measured:g} kimg and the run of {trained:g}: its distances of "
+            "training are shown.",
+            file=sys.stderr,
+        )
+        content = {}
+    if content:
         distances: dict[str, list[float]] = {}
         for row in content["results"]:
             if "fd" in row:
@@ -108,6 +118,11 @@ def read_entry(path: Path, evaluated: bool = True) -> Entry:
         identity["data_fingerprint"] = record.get("data_fingerprint")
     config = read_config(path / "config.yaml")
     return Entry(path.name, path, record, rows, identity, distances, config)
+
+
+def _has_snapshots(content: dict[str, Any]) -> bool:
+    """Whether averages of earlier moments were evaluated, whose length is their own."""
+    return any("@" in row["ema"] for row in content["results"])
 
 
 def nfe_of(key: str) -> str:

@@ -108,6 +108,9 @@ def describe(store: ImageStore) -> str:
         lines.append(
             f"  classes      {store.num_classes}, {counts.min():,} to {counts.max():,} images each"
         )
+        if names := store.info.get("classes"):
+            shown = ", ".join(f"{label} {name}" for label, name in enumerate(names[:20]))
+            lines.append(f"  names        {shown}{', ...' if len(names) > 20 else ''}")
         if store.num_classes <= 20:
             lines.append("  histogram    " + ", ".join(map(str, counts)))
         else:
@@ -164,6 +167,8 @@ def stats(options: argparse.Namespace) -> None:
     """Write reference statistics."""
     if options.batch < 1:
         raise InputError(f"--batch must be 1 or more, got {options.batch}.")
+    if Path(options.out).suffix != ".npz":
+        raise InputError(f"--out must end in .npz, got {options.out}.")
     store = ImageStore(options.store)
     init = {} if options.weights is None else {"weights": options.weights}
     extractor = build_features({"class_path": options.features, "init_args": init}, "--features")

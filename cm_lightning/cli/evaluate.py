@@ -22,6 +22,7 @@ from cm_lightning.cli.evaluate_samples import (
     read_config,
 )
 from cm_lightning.documents import one_line
+from cm_lightning.evaluation import reference_name
 from cm_lightning.evaluation.images import save_npz
 from cm_lightning.evaluation.scores import SCORES, check_scores, scores
 from cm_lightning.files import hash_tensors
@@ -239,7 +240,7 @@ def run(options: argparse.Namespace) -> None:
         "n": options.n,
         "features": against.extractor.name,
         "features_sha256": against.extractor.fingerprint,
-        "reference": against.reference,
+        "reference": reference_name(against.reference),
         "data_fingerprint": None if against.data is None else against.data.fingerprint,
     }
     guides = {key: (worse_hash(model), guiding(model, options)) for key, model in guided.items()}
@@ -294,10 +295,14 @@ def guide(denoiser: Denoiser, scale: float, options: argparse.Namespace) -> Guid
 
 
 def guiding(model: GuidedDenoiser, options: argparse.Namespace) -> str | None:
-    """Name of the guiding weights: the run's own average, or the folder of others."""
+    """Name of the guiding weights: the run's own average, or others by folder and average."""
     if model.worse is None:
         return None
-    return options.worse_ema if options.worse is None else Path(options.worse).resolve().name
+    if options.worse is None:
+        return str(options.worse_ema)
+    path = Path(options.worse).resolve()
+    run = path.parent.parent.name if path.suffix == ".ckpt" else path.parent.name
+    return " ".join(filter(None, (f"{run}/{path.stem}", options.worse_ema)))
 
 
 def samples_of(cell: Cell, out: Path) -> Path:

@@ -124,6 +124,8 @@ class Book:
             raise InputError(f"{self.path} is not a result of cm-eval: {error}") from error
         compared = {key: old[key] for key in identity if key not in ("source", "weights", "kimg")}
         known = identity["weights"]
+        if not any("@" in name for name in (*weights, *identity["weights"])):
+            compared["kimg"] = old["kimg"]  # a snapshot's is its own
         compared["weights"] = {name: weights.get(name, digest) for name, digest in known.items()}
         for key, value in compared.items():
             if value != identity[key]:

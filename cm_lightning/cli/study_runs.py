@@ -86,6 +86,7 @@ class Runner:
         self._idle: list[Launcher] = []
         self._pool = ThreadPoolExecutor(jobs)
         self._first: dict[str, Future[dict[str, float]]] = {}
+        self._before = list(first)
         for run in first:
             self._first[run.name] = self._pool.submit(self._one, run, dict(self._first))
 
@@ -151,7 +152,7 @@ class Runner:
         found = finished(folder)
         missing = found is None
         if found is not None:
-            self._check_note(run, OPTIONS, describe(run))
+            self._check_note(run, OPTIONS, self._note(run))
             self._check_length(run)
         else:
             options = scaled(run.options, self.lengths, run.share) | {
@@ -159,7 +160,7 @@ class Runner:
                 "trainer.enable_progress_bar": False,
             }
             words = ["--config", str(run.config), *option_words(options, self.out)]
-            self._command(run, ["cm_lightning.cli.fit", *words], OPTIONS, describe(run))
+            self._command(run, ["cm_lightning.cli.fit", *words], OPTIONS, self._note(run))
             found = finished(folder)
             if found is None:
                 raise InputError(f"{folder} ended without results; see {folder}.log.")
@@ -184,6 +185,11 @@ class Runner:
                 left = f" (about {minutes * (self.total - self.number):.0f} min to go)"
             print(f"[{self.number}/{self.total}] {run.name}: {shown}{left}", flush=True)
         return found
+
+    def _note(self, run: Run) -> dict[str, Any]:
+        """What a run was made of: its options, and those of the runs it needs."""
+        needed = [other for other in self._before if run.needs(other.name)]
+        return describe(run) | {f"after {other.name}": self._note(other) for other in needed}
 
     def _check_note(self, run: Run, start: str, note: dict[str, Any]) -> None:
         """Refuse results that the log beside a run says were made with other options."""

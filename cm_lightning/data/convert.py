@@ -196,7 +196,7 @@ def convert(
             listed = "; ".join(list(job.broken.values())[:20])
             raise InputError(
                 f"{len(job.broken)} of {len(files)} images cannot be read: {listed}. Repair them, "
-                "or leave them out with --skip_corrupt; the rest is kept and not read again."
+                "or leave them out with --skip_corrupt; the rest is kept."
             )
         return job.finish(files, say)
     except InputError:
@@ -233,6 +233,7 @@ def _fill(
 
     if job.done:
         say(f"Continuing at image {job.done:,} of {len(files):,}.")
+        job.check(lambda rows: _work(rows, transform, shape, files))
     todo = [range(i, min(i + CHUNK, len(files))) for i in range(job.done, len(files), CHUNK)]
     bar = tqdm(total=len(files), initial=job.done, desc="converting", unit="img", delay=1.0)
     with bar:
@@ -319,18 +320,47 @@ class _Job:
 
     def add(self, rows: range, result: _Result) -> None:
         """Write a chunk, then the record of it."""
-        with self.path.open("r+b") as file:
-            start = _header_length(file)
-            file.seek(start + rows.start * self.row_bytes)
-            file.write(result.images.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+        self._write(rows.start, result.images)
         self.done = rows.stop
         self.broken |= result.broken
         write_json(
             self.folder / "progress.json",
             {"identity": self.identity, "done": self.done, "broken": self.broken},
         )
+
+    def check(self, work: Callable[[range], _Result]) -> None:
+        """Read some of the images again that are done, and all that could not be read.
+
+        Raises:
+            InputError: If they are no longer the same.
+        """
+        for row in np.unique(np.linspace(0, self.done - 1, 16).astype(int)).tolist():
+            result = work(range(row, row + 1))
+            if row not in self.broken and result.images.tobytes() != self._read(row):
+                raise InputError(
+                    f"{self.folder} holds the beginning of a conversion of other images: delete "
+                    "it, or choose another --out."
+                )
+        for row in list(self.broken):
+            result = work(range(row, row + 1))
+            if not result.broken:
+                self._write(row, result.images)
+                del self.broken[row]
+
+    def _read(self, row: int) -> bytes:
+        """An image that was written."""
+        with self.path.open("rb") as file:
+            file.seek(_header_length(file) + row * self.row_bytes)
+            return file.read(self.row_bytes)
+
+    def _write(self, row: int, images: npt.NDArray[np.uint8]) -> None:
+        """Write images to the disk, from a row on."""
+        with self.path.open("r+b") as file:
+            start = _header_length(file)
+            file.seek(start + row * self.row_bytes)
+            file.write(images.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
 
     def finish(self, files: ImageFiles, say: Callable[[str], None]) -> ImageStore:
         """Close the gaps of unreadable images, describe the store and give it its name."""
@@ -348,6 +378,8 @@ class _Job:
             "left_out": list(self.broken.values()),
             "fingerprint": compute_fingerprint(images, labels),
         }
+        if files.classes is not None:
+            info["classes"] = list(files.classes)
         del images
         if labels is not None:
             with (self.folder / "labels.npy").open("wb") as file:

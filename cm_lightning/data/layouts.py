@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,14 @@ class ImageFiles(ABC):
         kind: Name of the layout.
         names: Name of each image, for messages.
         labels: Class indices ``(N,)`` int64 or ``None``.
+        classes: Names of the classes in the order of their labels, ``None`` if they have none.
         note: What a user should know of this source, ``None`` for nothing.
     """
 
     kind: str
     names: Sequence[str]
     labels: npt.NDArray[np.int64] | None
+    classes: Sequence[str] | None = None
     note: str | None = None
 
     def __len__(self) -> int:
@@ -58,6 +61,10 @@ class ImageFiles(ABC):
 
 
 def _decode(data: bytes) -> Image:
+    """Grey levels of a picture, of 16 bits the upper eight.
+
+    Transparency is dropped and EXIF's orientation is not looked at, as in EDM's tool.
+    """
     from PIL import Image as Pictures
     from PIL import UnidentifiedImageError
 
@@ -68,9 +75,22 @@ def _decode(data: bytes) -> Image:
         except UnidentifiedImageError as error:
             raise ValueError(f"no picture in any of {', '.join(FORMATS)}") from error
     with picture:
-        grey = picture.mode in ("L", "1", "I;16", "LA")
-        array = np.asarray(picture.convert("L" if grey else "RGB"))
+        if picture.mode in ("I", "F"):
+            raise ValueError(f"its grey levels have no fixed range (Pillow's mode {picture.mode})")
+        if picture.mode.startswith("I;16"):
+            array = (np.asarray(picture) >> 8).astype(np.uint8)
+        else:
+            grey = picture.mode in ("L", "1", "LA")
+            array = np.asarray(picture.convert("L" if grey else "RGB"))
     return array[..., None] if array.ndim == 2 else array
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """All files below a folder; links to folders are followed, but for those that lead back up."""
+    for folder, below, names in os.walk(root, followlinks=True):
+        here = Path(folder).resolve()
+        below[:] = [n for n in below if (here / n).resolve() not in (here, *here.parents)]
+        yield from (Path(folder) / name for name in names)
 
 
 class _Folder(ImageFiles):
@@ -78,7 +98,7 @@ class _Folder(ImageFiles):
 
     def __init__(self, root: Path, kind: str) -> None:
         self.root, self.kind = root, kind
-        found = [path for path in root.rglob("*") if path.suffix.lower() in PICTURES]
+        found = [path for path in _walk(root) if path.suffix.lower() in PICTURES]
         names = sorted(path.relative_to(root).as_posix() for path in found)
         self.names, self.labels = names, None
         if kind == "edm":
@@ -87,7 +107,8 @@ class _Folder(ImageFiles):
             flat = [name for name in names if "/" not in name]
             if flat:
                 raise InputError(f"{root} has images outside its class folders, as {flat[0]}.")
-            classes = {name: i for i, name in enumerate(sorted({n.split("/")[0] for n in names}))}
+            self.classes = sorted({name.split("/")[0] for name in names})
+            classes = {name: label for label, name in enumerate(self.classes)}
             self.labels = np.array([classes[name.split("/")[0]] for name in names], np.int64)
 
     def load(self, number: int) -> Image:
@@ -209,6 +230,14 @@ def _adm(path: Path) -> ImageFiles:
     return _Arrays("adm", images, None if labels is None else _whole(labels, path))
 
 
+def _sorted_classes() -> npt.NDArray[np.int64]:
+    """Place of ILSVRC's classes 1 to 1000 in the order of their WordNet ids, ``(1000,)``.
+
+    Folders of classes, EDM, ADM and every published class-conditional network count in that order.
+    """
+    return np.loadtxt(Path(__file__).with_name("ilsvrc_classes.txt"), np.int64).ravel()
+
+
 def _downsampled(paths: Sequence[Path]) -> ImageFiles:
     images, labels = [], []
     if not paths:
@@ -222,7 +251,10 @@ def _downsampled(paths: Sequence[Path]) -> ImageFiles:
                 f"`data` of {path} is {pixels.dtype} {pixels.shape}, not square images."
             )
         images.append(pixels.reshape(-1, 3, side, side).transpose(0, 2, 3, 1))
-        labels.append(_whole(arrays["labels"], path) - 1)
+        numbers = _whole(arrays["labels"], path)
+        if numbers.size and not 1 <= numbers.min() <= numbers.max() <= 1000:
+            raise InputError(f"The labels of {path} must lie in 1 to 1000, as ILSVRC numbers them.")
+        labels.append(_sorted_classes()[numbers - 1])
     note = (
         "Chrabaszcz et al. squash whole images to a square: another distribution than the centre "
         "crops that EDM, ECT and SCT use. Frechet distances of the two cannot be compared."

@@ -33,6 +33,7 @@ _FORM = {
     "transform?": dict,
     "source?": dict,
     "left_out?": list,
+    "classes?": [str],
 }
 _LARGE = 1 << 28
 """Bytes from which a store is asked for rows ahead; smaller ones stay in memory anyway."""

@@ -19,7 +19,12 @@ from cm_lightning.evaluation.images import (
     save_png,
     to_uint8,
 )
-from cm_lightning.evaluation.reference import Statistics, load_statistics, reference_statistics
+from cm_lightning.evaluation.reference import (
+    Statistics,
+    load_statistics,
+    reference_name,
+    reference_statistics,
+)
 
 # FrechetDistance stays in cm_lightning.evaluation.frechet: importing it imports torchmetrics.
 __all__ = [
@@ -36,6 +41,7 @@ __all__ = [
     "image_grid",
     "load_statistics",
     "read_metrics",
+    "reference_name",
     "reference_statistics",
     "save_figure",
     "save_npz",

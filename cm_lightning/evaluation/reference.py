@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ from cm_lightning.evaluation.features import FeatureExtractor
 from cm_lightning.files import read_pickled_arrays, replacing
 from cm_lightning.types import InputError
 
-__all__ = ["Statistics", "load_statistics", "reference_statistics"]
+__all__ = ["Statistics", "load_statistics", "reference_name", "reference_statistics"]
 
 
 class Statistics(NamedTuple):
@@ -92,6 +94,20 @@ def reference_statistics(
     if path is not None and rank == 0:
         _write_cache(path, fingerprint, features, result)
     return result
+
+
+@cache
+def reference_name(reference: str) -> str:
+    """What tells reference statistics from others: ``"auto"``, or a file by name and SHA-256.
+
+    Args:
+        reference: ``"auto"``, or a file.
+    """
+    path = Path(reference).expanduser()
+    if reference == "auto" or not path.is_file():
+        return reference
+    with path.open("rb") as file:
+        return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 def load_statistics(

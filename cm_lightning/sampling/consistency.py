@@ -50,10 +50,18 @@ def check_labels(denoiser: Denoiser, labels: Tensor | None, n: int) -> None:
         n: Number of images.
 
     Raises:
-        InputError: If they are no whole numbers ``(n,)``, or outside -1 ("no class") and the
-            model's classes.
+        InputError: If they are no whole numbers ``(n,)``, outside -1 ("no class") and the model's
+            classes, or missing for a model that never saw an image without one.
     """
-    if labels is None or not denoiser.num_classes:
+    if not denoiser.num_classes:
+        return
+    if labels is None:
+        backbone = getattr(denoiser, "backbone", None)
+        if backbone is not None and not getattr(backbone, "label_dropout", 0):
+            raise InputError(
+                f"The model was trained with labels alone (label_dropout 0): give labels in "
+                f"0..{denoiser.num_classes - 1}."
+            )
         return
     whole = isinstance(labels, Tensor) and not labels.is_floating_point()
     if not whole or labels.shape != (n,):

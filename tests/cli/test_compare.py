@@ -205,6 +205,22 @@ def test_an_evaluation_of_another_size_is_left_out(runs, program, tmp_path):
     assert [line for line in done.out.splitlines() if line.startswith("| seed")] == rows
 
 
+def test_an_evaluation_of_a_shorter_run_is_left_out(runs, program, tmp_path):
+    for run in runs:
+        words = ["--n", 66, "--seeds", 0, "--sigmas", 80]
+        assert program("cm-eval", run, *words).code == 0
+    path = runs[0] / "eval/eval.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"kimg": content["kimg"] / 2}))
+    done = program("cm-compare", *runs, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert f"{path} is of" in done.err
+    assert "its distances of training are shown" in done.err
+    again = program("cm-eval", runs[0], *words)
+    assert again.code == 2
+    assert "was measured with another kimg" in again.err
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -298,3 +299,17 @@ def test_classes_of_other_packages_are_refused(run, program):
     done = program("cm-eval", run, "--config", run / "evil.yaml", "--n", 66)
     assert done.code == 2
     assert "names the class 'subprocess.Popen'" in done.err
+
+
+def test_guiding_weights_are_named_apart(tmp_path):
+    model = SimpleNamespace(worse=object())
+    named = {
+        ("runs/a/checkpoints/nimg000000020000.ckpt", None): "a/nimg000000020000",
+        ("runs/b/checkpoints/nimg000000020000.ckpt", None): "b/nimg000000020000",
+        ("runs/b", "ema_0.9"): "runs/b ema_0.9",
+        ("runs/b", "ema_0.99"): "runs/b ema_0.99",
+        (None, "ema_0.9@0.5"): "ema_0.9@0.5",
+    }
+    for (worse, ema), name in named.items():
+        options = SimpleNamespace(worse=worse, worse_ema=ema)
+        assert evaluate.guiding(model, options) == name

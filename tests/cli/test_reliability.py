@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -117,6 +118,8 @@ def test_a_signal_writes_a_checkpoint_and_the_run_continues(fit, straight, tmp_p
     newest = sorted((run / "checkpoints").glob("nimg*.ckpt"))[-1]
     nimg = load(newest)["cm_lightning"]["nimg"]
     assert f"{name} at {nimg / 1000:g} kimg" in err
+    (begun,) = json.loads((run / "run.json").read_text())["starts"]
+    assert begun["seconds"] > 0  # the time of starts that were stopped counts too
     assert fit(run, *SAVES).code == 0
     assert_equal_runs(run, straight)
 

@@ -365,6 +365,14 @@ def test_first_runs_shares_evaluations_and_times(study, program, tmp_path):
     assert "timed" in text
     assert (page / "figures" / "arms_fd_digits66_ema_0.9_nfe1.png").is_file()
     assert (page / "figures" / "samples_nfe1.png").is_file()
+
+    # results of runs that began at another model are not taken either
+    shutil.rmtree(out / "start")
+    (out / "start.log").unlink()
+    changes["first"] = {"start": {"options": short | {"seed_everything": 5}}}
+    other = program("cm-study", study(arms=arms, tune=None, **changes), "--out", out)
+    assert other.code == 2
+    assert "made with other options than those of the study (options; after start)" in other.err
     assert "Is longer better?" in (page / "comparison.md").read_text()
     assert program("cm-compare", out, out / "start", "--out", page).code == 2
 

@@ -36,3 +36,10 @@ def test_wrong_labels_are_refused(sampler):
             sampler(net, z, labels)
     for labels in (None, torch.tensor([0, 1, 2, -1]), torch.zeros(4, dtype=torch.int32)):
         assert sampler(net, z, labels).shape == z.shape
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
+def test_a_model_that_never_was_without_labels_is_not_sampled_without(sampler):
+    net = network(label_dropout=0.0)
+    with pytest.raises(InputError, match=r"trained with labels alone .*: give labels in 0\.\.2"):
+        sampler(net, torch.randn(4, 1, 8, 8), None)
