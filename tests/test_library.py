@@ -27,10 +27,11 @@ from cm_lightning.callbacks import (
 from cm_lightning.callbacks import fid as fid_module
 from cm_lightning.callbacks.memory import kept_bytes
 from cm_lightning.callbacks.run_record import RunRecordCallback
+from cm_lightning.callbacks.step import step_of
 from cm_lightning.cli.fit_run import is_child
 from cm_lightning.data import Digits, EDMAugment, ImageDataModule, ReferenceSet, Source
 from cm_lightning.ema import ConstantEMA, PowerEMA, update_average
-from cm_lightning.evaluation import DigitsFeatures, read_metrics, reference_name, to_uint8
+from cm_lightning.evaluation import DigitsFeatures, read_metrics, reference_name, save_npz, to_uint8
 from cm_lightning.evaluation.frechet import frechet_distance
 from cm_lightning.loggers import MetricsCSV
 from cm_lightning.networks import ADMUNet, EDM2Precond, EDM2UNet, EDMPrecond, SongUNet
@@ -468,3 +469,79 @@ def test_statistics_are_told_apart_by_their_content(tmp_path):
     assert a == b != c
     assert a.startswith("ref.npz ")
     assert reference_name("auto") == "auto"
+
+
+def test_samples_that_are_all_alike_have_a_distance():
+    """Of a model that collapsed, or whose images are not finite."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(200, 16, generator=generator, dtype=torch.float64)
+    alike = torch.rand(16, generator=generator, dtype=torch.float64).expand(200, 16)
+    n = len(real)
+    outer, total = alike.T @ alike, alike.sum(0)
+    flat = (outer - n * torch.outer(total / n, total / n)) / (n - 1)
+    found = frechet_distance(real.mean(0), real.T.cov(), total / n, flat)
+    expected = (real.mean(0) - alike[0]).square().sum() + real.T.cov().trace()
+    assert found == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_teacher_is_left_out_without_a_data_module(tmp_path):
+    module = ECT(network(), 0.064)
+    module.origins["init"] = {"regime": "Diffusion", "path": "nowhere"}
+    log = MetricsCSV(tmp_path)
+    diagnostics = DiagnosticsCallback(every_kimg=0.032)
+    fit(module, diagnostics, EMACallback(), root=tmp_path, loader=loader(64, 32), logger=log)
+    assert len(read_metrics(log.path)) == 2
+
+
+def test_samples_under_any_name(tmp_path):
+    save_npz(tmp_path / "samples", torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+    assert [path.name for path in tmp_path.iterdir()] == ["samples"]
+
+
+def test_a_step_that_was_broken_off_is_begun_anew(tmp_path):
+    module = ECT(network(), 100)
+    options = {"root": tmp_path, "accumulate_grad_batches": 4}
+    with pytest.raises(InputError, match="drop_last"):
+        fit(module, loader=loader(104, 32), **options)
+    fit(module, loader=loader(128, 32), **options)
+    assert module.nimg == 128
+
+
+def test_an_epoch_that_ended_is_not_gone_into_again(tmp_path):
+    """A checkpoint of the last, shorter step of an epoch; the next one begins at its first row."""
+    first, again = ECT(network(), 100), ECT(network(), 100)
+    options = {"accumulate_grad_batches": 4, "loader": loader(280, 40)}
+    every = {"every_kimg": 0.28}
+    fit(first, EMACallback(), CheckpointCallback(**every), root=tmp_path, **options)
+    assert first.nimg == 280
+    trainer = L.Trainer(
+        default_root_dir=tmp_path,
+        logger=False,
+        callbacks=[EMACallback(), CheckpointCallback(**every)],
+        max_epochs=2,
+        accelerator="cpu",
+        accumulate_grad_batches=4,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    (path,) = tmp_path.glob("checkpoints/nimg000000000280.ckpt")
+    trainer.fit(again, options["loader"], ckpt_path=path, weights_only=True)
+    assert again.nimg == 560
+
+
+def test_the_number_of_a_step_is_known_before_the_first():
+    module = SimpleNamespace(position=640, global_batch=0)
+    data = SimpleNamespace(global_batch=64)
+    assert step_of(SimpleNamespace(lightning_module=module, datamodule=data)) == 10
+    module.global_batch = 32
+    assert step_of(SimpleNamespace(lightning_module=module, datamodule=None)) == 20
+
+
+def test_a_network_of_ones_own_need_not_know_of_label_dropout():
+    class Own(torch.nn.Module):
+        in_channels, img_resolution, label_dim = 1, 8, 3
+
+        def forward(self, x, noise, labels=None):
+            return x
+
+    assert multistep(EDMPrecond(Own()), X[None], [80.0]).shape == X.shape

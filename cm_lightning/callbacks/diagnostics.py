@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -136,11 +137,13 @@ class DiagnosticsCallback(StepCallback):
         bins = torch.bucketize(output.t, self._edges, right=True)
         ones = torch.ones_like(output.t)
         loss = output.loss.detach()
-        columns = (ones, loss, output.distance, output.r / output.t, ~loss.isfinite())
+        finite = loss.isfinite()
+        distance = torch.where(finite, output.distance, 0)
+        columns = (ones, torch.where(finite, loss, 0), distance, output.r / output.t, ~finite)
         values = torch.stack([column.double() for column in columns], 1)
         self._sums.index_add_(0, bins, values.nan_to_num(posinf=0.0))
         low, high = HISTOGRAM_RANGE
-        place = (values[:, 1].clamp_min(1e-30).log10() - low) / (high - low) * HISTOGRAM_BINS
+        place = (loss.double().clamp_min(1e-30).log10() - low) / (high - low) * HISTOGRAM_BINS
         place = place.nan_to_num(HISTOGRAM_BINS - 1).clamp(0, HISTOGRAM_BINS - 1).long()
         self._histogram.index_add_(0, place, ones.double())
         for name, note in output.notes.items():
@@ -214,7 +217,7 @@ class DiagnosticsCallback(StepCallback):
         return total(self._sums), total(self._histogram), notes
 
     def _tell_spike(self, distance: float, pl_module: Any) -> None:
-        if self.spike is None:
+        if self.spike is None or not math.isfinite(distance):
             return
         if len(self._recent) >= 3 and distance > self.spike * median(self._recent):
             say(

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,7 @@ def results(trainer: L.Trainer) -> dict[str, dict[str, Any]]:
     return {"last": {}, "best": {}}
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python, this package and what results depend on."""
     names = ("torch", "torchvision", "lightning", "torchmetrics", "numpy")
@@ -230,6 +232,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "cm_lightning": __version__, **found}
 
 
+@cache
 def git_state() -> dict[str, Any] | None:
     """Commit of the package's source tree and whether it has changes, ``None`` if not in git."""
     here = Path(__file__).resolve().parent

@@ -98,7 +98,9 @@ def due(before: int, after: int, every_kimg: float | None, total_nimg: int) -> b
 def step_of(trainer: L.Trainer) -> int:
     """Optimizer steps so far, those that a return to a checkpoint undid included."""
     module: Any = trainer.lightning_module
-    return int(module.position // max(module.global_batch, 1))
+    data = getattr(trainer, "datamodule", None)
+    batch = module.global_batch or getattr(data, "global_batch", 1)  # 0 before the first step
+    return int(module.position // batch)
 
 
 def log_metrics(trainer: L.Trainer, nimg: int, metrics: Mapping[str, float]) -> None:

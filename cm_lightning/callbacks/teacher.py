@@ -89,13 +89,14 @@ class TeacherDistance:
 
     def __call__(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
         """Measure the first EMA profile; returns ``teacher/ode_distance/<profile>`` or nothing."""
-        if not self.n or not trainer.is_global_zero:
+        data = getattr(trainer, "datamodule", None)
+        if not self.n or not trainer.is_global_zero or data is None:
             return {}
         objective = getattr(pl_module, "objective", None)
         phases = getattr(objective, "phases", None)
         grid = getattr(objective, "discretization", None)
         top = getattr(grid, "sigma_max", 80.0) if phases is None else phases.edges[-1]
-        data, device = trainer.datamodule, pl_module.device  # type: ignore[attr-defined]
+        device = pl_module.device
         if self.endpoints is None:
             try:
                 teacher = find_teacher(pl_module)

@@ -301,8 +301,9 @@ def guiding(model: GuidedDenoiser, options: argparse.Namespace) -> str | None:
     if options.worse is None:
         return str(options.worse_ema)
     path = Path(options.worse).resolve()
-    run = path.parent.parent.name if path.suffix == ".ckpt" else path.parent.name
-    return " ".join(filter(None, (f"{run}/{path.stem}", options.worse_ema)))
+    inside = path.suffix == ".ckpt" or path.parent.name == "weights"
+    run = path.parent.parent.name if inside else path.parent.name
+    return " ".join(filter(None, (f"{run}/{path.name}", options.worse_ema)))
 
 
 def samples_of(cell: Cell, out: Path) -> Path:

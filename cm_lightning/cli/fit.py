@@ -115,7 +115,6 @@ class FitCLI(LightningCLI):
                 "use_distributed_sampler": False,
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
-                "benchmark": True,  # shapes are fixed, so cuDNN may try its algorithms
             },
             parser_class=FitParser,
             parser_kwargs={"prog": COMMAND, "allow_abbrev": False},
@@ -202,6 +201,9 @@ class FitCLI(LightningCLI):
         run_dir = self.plan.run_dir
         self.check_trainer()
         kwargs["default_root_dir"] = str(run_dir)
+        given = self.config["trainer"]
+        if given["benchmark"] is None and not given["deterministic"]:
+            kwargs["benchmark"] = True  # shapes are fixed, so cuDNN may try its algorithms
         kwargs["callbacks"] = list(self.config_init["trainer"]["callbacks"] or [])
         if self.config["check"]:
             self.scratch = tempfile.TemporaryDirectory()

@@ -91,8 +91,12 @@ class Launcher:
 def main() -> None:
     """Fork for every line of the input, and run what it names."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    from cm_lightning.callbacks.run_record import git_state, versions
+
     for name in IMPORTED:
         importlib.import_module(name)
+    for known in (git_state, versions):  # of what was imported, whatever lies there later
+        known()
     print(0, flush=True)
     for line in sys.stdin:
         log, module, *words = json.loads(line)

@@ -75,9 +75,10 @@ def _decode(data: bytes) -> Image:
         except UnidentifiedImageError as error:
             raise ValueError(f"no picture in any of {', '.join(FORMATS)}") from error
     with picture:
-        if picture.mode in ("I", "F"):
+        deep = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PPM")
+        if picture.mode in ("I", "F") and not deep:
             raise ValueError(f"its grey levels have no fixed range (Pillow's mode {picture.mode})")
-        if picture.mode.startswith("I;16"):
+        if deep:
             array = (np.asarray(picture) >> 8).astype(np.uint8)
         else:
             grey = picture.mode in ("L", "1", "LA")

@@ -149,8 +149,8 @@ def save_npz(path: str | Path, images: Tensor, labels: Tensor | None = None) -> 
     arrays = [np.ascontiguousarray(images.permute(0, 2, 3, 1).cpu().numpy())]
     if labels is not None:
         arrays.append(labels.cpu().numpy().astype(np.int64))
-    with replacing(path) as partial:
-        np.savez(partial, *arrays)
+    with replacing(path) as partial, partial.open("wb") as file:  # a name gets a suffix
+        np.savez(file, *arrays)
 
 
 def _check_images(images: Any) -> None:

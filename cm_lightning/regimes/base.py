@@ -196,6 +196,7 @@ class ConsistencyModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Give the optimizer the config's settings; train no further where a run was over."""
+        self._micro_step = 0
         optimizers = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizers, Optimizer)
         for group, own, old in zip(
@@ -403,7 +404,10 @@ class ConsistencyModule(L.LightningModule):
         """
         accumulation = getattr(getattr(self, "_trainer", None), "accumulate_grad_batches", 1)
         loop = checkpoint.get("loops", {}).get("fit_loop", {})
-        current = loop.get("epoch_loop.batch_progress", {}).get("current", {})
+        progress = loop.get("epoch_loop.batch_progress", {})
+        if progress.get("is_last_batch"):  # the next one begins another epoch
+            return
+        current = progress.get("current", {})
         over = current.get("ready", 0) % accumulation
         for name in current:
             current[name] -= over

@@ -304,9 +304,11 @@ def test_classes_of_other_packages_are_refused(run, program):
 def test_guiding_weights_are_named_apart(tmp_path):
     model = SimpleNamespace(worse=object())
     named = {
-        ("runs/a/checkpoints/nimg000000020000.ckpt", None): "a/nimg000000020000",
-        ("runs/b/checkpoints/nimg000000020000.ckpt", None): "b/nimg000000020000",
+        ("runs/a/checkpoints/nimg000000020000.ckpt", None): "a/nimg000000020000.ckpt",
+        ("runs/b/checkpoints/nimg000000020000.ckpt", None): "b/nimg000000020000.ckpt",
         ("runs/b", "ema_0.9"): "runs/b ema_0.9",
+        ("runs/b/weights/ema_0.9", None): "b/ema_0.9",
+        ("runs/b/weights/ema_0.99", None): "b/ema_0.99",
         ("runs/b", "ema_0.99"): "runs/b ema_0.99",
         (None, "ema_0.9@0.5"): "ema_0.9@0.5",
     }

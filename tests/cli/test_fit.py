@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -481,3 +482,21 @@ def test_a_compiled_run_resumes_samples_and_exports_as_any_other(
         assert names[0] == names[1]
     done = program("cm-sample", tmp_path / "b", "--n", 4, "--sigmas", 80, "--out", tmp_path / "s")
     assert done.code == 0
+
+
+def test_cudnn_tries_its_algorithms_unless_runs_are_to_be_repeated(tmp_path, fit, monkeypatch):
+    seen = []
+    monkeypatch.setattr(L.Trainer, "fit", lambda trainer, *_, **__: seen.append(flag()))
+    monkeypatch.setattr("cm_lightning.cli.fit_run.export", lambda cli: None)
+
+    def flag():
+        return torch.backends.cudnn.benchmark
+
+    before, strict = flag(), torch.are_deterministic_algorithms_enabled()
+    try:
+        for words in ([], ["--trainer.deterministic", "true"], ["--trainer.benchmark", "false"]):
+            assert fit(tmp_path / "run", *words).code == 0
+    finally:
+        torch.backends.cudnn.benchmark = before
+        torch.use_deterministic_algorithms(strict)
+    assert seen == [True, False, False]

@@ -320,8 +320,9 @@ def test_pictures_of_sixteen_bits(tmp_path):
     (tmp_path / "deep").mkdir()
     Image.fromarray(levels).save(tmp_path / "deep" / "a.png")
     Image.fromarray(levels).save(tmp_path / "deep" / "b.tif")
+    Image.fromarray(levels).save(tmp_path / "deep" / "c.ppm")
     store = convert(open_images(tmp_path / "deep"), tmp_path / "out", NONE)
-    assert np.array_equal(store.images[:, 0], [levels >> 8] * 2)
+    assert np.array_equal(store.images[:, 0], [levels >> 8] * 3)
     (tmp_path / "float").mkdir()
     Image.fromarray(levels.astype(np.float32) / 65536).save(tmp_path / "float" / "a.tif")
     with pytest.raises(InputError, match="None of the images can be read"):
