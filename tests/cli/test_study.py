@@ -263,7 +263,10 @@ def test_a_study_that_is_stopped_stops_its_runs(name, study, tmp_path):
     out = tmp_path / "out"
     run = out / "ect/seed1"
     words = [sys.executable, "-m", "cm_lightning.cli.study", str(path), "--out", str(out)]
+    # whoever runs the tests in the background may ignore it, and children inherit that
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    signal.signal(signal.SIGINT, before)
     try:
         deadline = time.monotonic() + 120
         while not any(run.glob("checkpoints/*.ckpt")):
