@@ -453,7 +453,7 @@ def test_a_compiled_run_resumes_samples_and_exports_as_any_other(
 ):
     real, compiled = torch.nn.Module.compile, []
 
-    def compile_graphs(module):
+    def compile_graphs(module, options=None):
         compiled.append(module)
         real(module, backend="aot_eager")
 
