@@ -66,7 +66,7 @@ class Precond(Denoiser):
             raise InputError(f"{name}: noise_scale must be positive, got {noise_scale}.")
         taken = getattr(backbone, "in_channels", None)
         given = getattr(backbone, "out_channels", taken)
-        if given != taken:
+        if taken is not None and given != taken:
             raise InputError(
                 f"{name}: the backbone takes images of {taken} channels and gives {given}: set its "
                 "in_channels and out_channels to those of the images."
