@@ -214,7 +214,7 @@ class Runner:
         """Refuse a finished run of an arm of equal time whose length is not about right."""
         wanted = scaled(run.options, self.lengths, run.share).get("model.total_kimg")
         length = read_mapping(self.out / run.name / "run.json")["total_kimg"]
-        if run.share != 1 and wanted is not None and not 0.95 < length / wanted < 1.05:
+        if wanted is not None and not 0.95 < length / wanted < 1.05:
             raise InputError(
                 f"{self.out / run.name} was trained on {length:g} kimg, and {wanted:g} fit in the "
                 "time of its arm now: remove it, or choose another --out."
