@@ -1,13 +1,16 @@
-"""From the host to a device without waiting for the work that the device has queued."""
+"""From the host to a device without waiting for its queued work, and all bits of fp32 numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["constant", "keep_fp32", "send"]
+__all__ = ["constant", "full_fp32", "keep_fp32", "send"]
 
 
 @cache
@@ -41,3 +44,22 @@ def keep_fp32() -> None:
     As in training without ``performance.tf32``, and where that is on, evaluations stay comparable.
     """
     torch.backends.cudnn.allow_tf32 = False
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Forbid TF32 and bfloat16 in fp32 matrix products and convolutions, whoever allows them."""
+    operations: list[Any] = [
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+        torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+    ]
+    before = [operation.fp32_precision for operation in operations]
+    try:
+        for operation in operations:
+            operation.fp32_precision = "ieee"
+        yield
+    finally:
+        for operation, precision in zip(operations, before, strict=True):
+            operation.fp32_precision = precision

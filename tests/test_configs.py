@@ -84,7 +84,7 @@ def shrink(path: Path, config: dict, folder: Path) -> list[str]:
         words += [f"{backbone}.label_dim=3", "--data.num_workers=0"]
         if config["model"]["init_args"].get("references", {}).get("n"):
             words += ["--model.references.n=3"]
-    if config["model"]["init_args"].get("distance") == "LPIPS":
+    if "LPIPS" in str(config["model"]["init_args"].get("distance")):
         words += ["--model.distance=PseudoHuber"]  # the weights of VGG16 are not here
     samplers = config["fid"].get("samplers", [])
     if any(sampler["class_path"] == "HeunSampler" for sampler in samplers):

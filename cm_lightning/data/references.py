@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cm_lightning.data.store import ImageStore, to_float
 from cm_lightning.files import replacing
+from cm_lightning.transfer import full_fp32
 from cm_lightning.types import ClassLayout, InputError, References, check_word
 
 __all__ = [
@@ -317,7 +318,8 @@ def nearest_distances(
         for start in range(0, len(rows), chunk):
             y = _floats(store, rows[start : start + chunk], device)
             for other in (y, y.flip(-1)) if flip else (y,):
-                best = torch.minimum(best, _nearest(x.flatten(1), other.flatten(1)))
+                with full_fp32():
+                    best = torch.minimum(best, _nearest(x.flatten(1), other.flatten(1)))
         result[torch.from_numpy(block)] = best.sqrt().float().cpu()
     if not keep:
         return result

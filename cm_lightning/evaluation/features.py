@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cm_lightning.files import find_weights, hash_tensors, read_weights
+from cm_lightning.transfer import full_fp32
 from cm_lightning.types import InputError
 
 __all__ = ["DINOv2", "FeatureExtractor", "Inception", "Timm"]
@@ -106,7 +105,7 @@ class FeatureExtractor(nn.Module, ABC):
             )
         network = self._loaded().to(images.device)
         size = (self.cpu_batch if images.device.type == "cpu" else None) or len(images)
-        with torch.autocast(images.device.type, enabled=False), _full_float32():
+        with torch.autocast(images.device.type, enabled=False), full_fp32():
             parts = [self.extract_all(network, part) for part in torch.split(images, size)]
         features, logits = zip(*parts, strict=True)
         return torch.cat(features), torch.cat(logits) if self.has_logits else None
@@ -377,22 +376,3 @@ def _rgb(images: Tensor) -> Tensor:
 def _wrong_weights(path: Path, network: str, error: Exception) -> InputError:
     reason = " ".join(str(error).split())
     return InputError(f"{path} does not hold the weights of {network}: {reason[:200]}")
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Forbid TF32 and bfloat16 inside float32 matrix products and convolutions."""
-    operations: list[Any] = [
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-        torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
-    ]
-    before = [operation.fp32_precision for operation in operations]
-    try:
-        for operation in operations:
-            operation.fp32_precision = "ieee"
-        yield
-    finally:
-        for operation, precision in zip(operations, before, strict=True):
-            operation.fp32_precision = precision

@@ -35,10 +35,11 @@ class LPIPS(Distance):
     Images are read as in [-1, 1], enlarged bilinearly to 224 if their side is below 256 (as
     OpenAI's code does), mapped to [0, 1] and normalised as ImageNet.
 
-    OpenAI's LPIPS is that of the package piq with VGG's max-pooling **replaced by average
-    pooling**, which is not the standard LPIPS: ``pooling="average"``, the default, computes that
-    one (it equals piq's to fp32 rounding on the same weights, tests/objective/test_lpips.py),
-    ``pooling="max"`` the standard one. VGG16 is torchvision's with its ImageNet weights; the
+    The LPIPS of OpenAI's PyTorch code (ImageNet-64, LSUN) is that of the package piq with VGG's
+    max-pooling **replaced by average pooling**, which is not the standard LPIPS:
+    ``pooling="average"``, the default, computes that one (it equals piq's to fp32 rounding on the
+    same weights, tests/objective/test_lpips.py), ``pooling="max"`` the standard one, as their JAX
+    code (CIFAR-10) has it. VGG16 is torchvision's with its ImageNet weights; the
     channel weights are those of LPIPS 0.1, which come with torchmetrics. Distances over ImageNet
     features make FID look better than other distances do (argued in arXiv:2310.14189).
 
@@ -47,7 +48,7 @@ class LPIPS(Distance):
             ``.safetensors``). ``None`` for the file named by the environment variable
             ``CM_VGG16_WEIGHTS``, else for the copy in the cache of ``torch.hub``, downloaded if it
             is missing and ``CM_OFFLINE`` is not 1.
-        pooling: ``"average"`` (OpenAI) or ``"max"`` (standard).
+        pooling: ``"average"`` (OpenAI's PyTorch code) or ``"max"`` (standard, their JAX code).
 
     Raises:
         InputError: If the weights are missing or of another network, or images have other than 1

@@ -165,6 +165,33 @@ def test_the_skip_rule_stays_within_its_error(name):
     torch.testing.assert_close(skipped[notes["skipped"] == 0], plain[notes["skipped"] == 0])
 
 
+def test_products_keep_all_bits_where_a_run_allows_fewer(monkeypatch):
+    rng = torch.Generator().manual_seed(5)
+    pixels = torch.randint(0, 256, (40, 1, 6, 6), generator=rng, dtype=torch.uint8)
+    x0 = pixels[:8].float() / 127.5 - 1
+    t = torch.full((8,), 3.0)
+    x_t = x0 + 3 * torch.randn(x0.shape, generator=rng)
+    batch = Batch(x0, None, torch.arange(8), References(pixels, None, torch.arange(40)))
+    expected = ReferenceMean()(x_t, t, batch)
+    seen = []
+    addmm = torch.addmm
+
+    def spy(*args, **kwargs):
+        kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        seen.append([kind.fp32_precision for kind in kinds])
+        return addmm(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "addmm", spy)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found = ReferenceMean()(x_t, t, batch)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [["ieee", "ieee"]]
+    assert torch.equal(found, expected)
+
+
 # --- rows that keep their own image ---
 
 
