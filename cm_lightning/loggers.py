@@ -7,7 +7,7 @@ import io
 import netrc
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ class MetricsCSV(Logger):
 
     Lightning's own CSV logger deletes the earlier rows when a run is resumed. Each row holds the
     numbers logged together; the first two columns are ``kimg`` and ``step``. A resumed run drops
-    the rows after the checkpoint it continues from, so no row is missing or doubled.
+    the rows after the checkpoint it continues from, so no row is missing or doubled. Numbers that
+    come without ``kimg``, from callbacks of Lightning, get that of the module.
 
     Args:
         run_dir: Directory of the run.
@@ -39,6 +40,7 @@ class MetricsCSV(Logger):
     def __init__(self, run_dir: str | Path) -> None:
         super().__init__()
         self.path = Path(run_dir) / "metrics.csv"
+        self._clock: Callable[[], int] = int
         self._columns: list[str] = []
         self._waiting: list[dict[str, str]] = []
 
@@ -62,7 +64,8 @@ class MetricsCSV(Logger):
 
         A row that cannot be written, on a full disk, waits for the next one.
         """
-        row = {"kimg": f"{metrics['kimg']:.12g}", "step": str(step)}
+        kimg = metrics.get("kimg", self._clock() / 1000)
+        row = {"kimg": f"{kimg:.12g}", "step": str(step)}
         row |= {key: f"{value:.8g}" for key, value in metrics.items() if key != "kimg"}
         self._waiting.append(row)
         with tolerated(str(self.path)):
@@ -75,6 +78,15 @@ class MetricsCSV(Logger):
             else:
                 self._append(self._waiting)
             self._waiting = []
+
+    def follow(self, clock: Callable[[], int]) -> None:
+        """Go on where a training is: drop the rows after it.
+
+        Args:
+            clock: Gives the images it has seen.
+        """
+        self._clock = clock
+        self.resume_at(clock())
 
     @rank_zero_only
     def resume_at(self, nimg: int) -> None:
@@ -131,33 +143,48 @@ class WandbOptions:
         project: Project name, ``None`` for no logging to W&B.
         entity: User or team.
         name: Display name, by default the name of the run directory.
+        group: Group of runs that belong together.
+        job_type: Kind of the run within its group.
         tags: Tags.
         timeout: Seconds to wait for the server, at the start and at the end of a run, > 0.
 
     Raises:
-        InputError: If the timeout is not positive.
+        InputError: If the timeout is not positive, or the project has a character that W&B
+            refuses.
     """
 
     project: str | None = None
     entity: str | None = None
     name: str | None = None
+    group: str | None = None
+    job_type: str | None = None
     tags: tuple[str, ...] = ()
     timeout: float = 60.0
 
     def __post_init__(self) -> None:
         if not self.timeout > 0:
             raise InputError(f"wandb.timeout must be positive, got {self.timeout}.")
+        refused = sorted(set("/\\#?%:").intersection(self.project or ""))
+        if refused:
+            raise InputError(
+                f"wandb.project cannot contain {' '.join(refused)}, got {self.project}; a team is "
+                "wandb.entity."
+            )
 
 
 _PUBLIC = ("api.wandb.ai", "api.forge.coreweave.com")
 """Names of W&B's own server; `wandb login` writes the second since version 0.31."""
 
 
-def has_wandb_key() -> bool:
-    """Whether W&B could log in without asking: a key in the environment or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
+def has_wandb_key(settings: Any) -> bool:
+    """Whether W&B could log in without asking: a key in its settings or in the netrc file.
+
+    Args:
+        settings: W&B's, from the environment and its own files.
+    """
+    if settings.api_key or settings.identity_token_file:
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname or _PUBLIC[0]
+    host = urlparse(settings.base_url).hostname or _PUBLIC[0]
     hosts = _PUBLIC if host in _PUBLIC else (host,)
     path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     try:
@@ -188,14 +215,16 @@ class KimgWandbLogger(WandbLogger):
     Names are those of :func:`cm_lightning.dashboard.panel`.
 
     Args:
-        first_step: Rows of earlier optimizer steps are left out; an offline run has them already.
+        sent: Last optimizer step whose rows W&B got before, -1 for none; up to it an offline run
+            leaves them out. (A server drops them itself.)
         timeout: Seconds to wait for the server at the end.
         options: Arguments of Lightning's logger.
     """
 
-    def __init__(self, first_step: int = 0, timeout: float = 60.0, **options: Any) -> None:
+    def __init__(self, sent: int = -1, timeout: float = 60.0, **options: Any) -> None:
         super().__init__(**options)
-        self.first_step, self.timeout = first_step, timeout
+        self.sent, self.first_step, self.timeout = sent, 0, timeout
+        self._clock: Callable[[], int] = int
 
     @property
     def experiment(self) -> Any:
@@ -205,13 +234,31 @@ class KimgWandbLogger(WandbLogger):
         if first and hasattr(run, "define_metric"):
             run.define_metric("kimg")
             run.define_metric("*", step_metric="kimg")
+            self.first_step = self.sent + 1 if run.offline else 0
         return run
 
-    def finish(self) -> bool:
-        """Close the W&B run, if one was started; returns whether the server took it in time."""
+    def follow(self, clock: Callable[[], int]) -> None:
+        """Take ``kimg`` from a training where numbers come without.
+
+        Args:
+            clock: Gives the images it has seen.
+        """
+        self._clock = clock
+
+    @rank_zero_only
+    def log_best(self, best: Mapping[str, float]) -> None:
+        """Add the lowest Frechet distances to the run's summary, as ``best/<panel>``."""
+        self.experiment.summary.update({f"best/{panel(key)}": best[key] for key in best})
+
+    def finish(self, code: int = 0) -> bool:
+        """Close the W&B run, if one was started; returns whether the server took it in time.
+
+        Args:
+            code: Exit code of the program; W&B calls runs with another than 0 failed.
+        """
         if self._experiment is None:
             return True
-        closing = threading.Thread(target=self._experiment.finish, daemon=True)
+        closing = threading.Thread(target=self._experiment.finish, args=(code,), daemon=True)
         closing.start()
         closing.join(self.timeout)
         if closing.is_alive():
@@ -228,6 +275,7 @@ class KimgWandbLogger(WandbLogger):
 
     def _log(self, row: dict[str, Any], step: int | None) -> None:
         if step is None or step >= self.first_step:
+            row.setdefault("kimg", self._clock() / 1000)
             self.experiment.log({panel(key): value for key, value in row.items()}, step=step)
 
     @rank_zero_only
@@ -250,7 +298,7 @@ class KimgWandbLogger(WandbLogger):
 
 
 def wandb_logger(
-    options: WandbOptions, run_dir: Path, run_id: str | None
+    options: WandbOptions, run_dir: Path, run_id: str | None, sent: int = -1
 ) -> KimgWandbLogger | None:
     """A W&B logger whose run has begun, or ``None`` if it is off.
 
@@ -258,41 +306,47 @@ def wandb_logger(
         options: The user's options.
         run_dir: Directory of the run; W&B's files go below it.
         run_id: Identity of the W&B run to continue, ``None`` for a new one.
+        sent: Last optimizer step whose rows it got in the starts before the last one, -1 for none.
     """
     if options.project is None:
         return None
-    offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun")
+    import wandb
+
+    settings = wandb.setup().settings
+    mode = settings.mode
     later = f"`wandb sync --yes {run_dir}/wandb/offline-run-*` sends the run later"
-    if "WANDB_MODE" not in os.environ and not has_wandb_key():
+    if mode not in ("offline", "dryrun", "disabled") and not has_wandb_key(settings):
         say(
             "W&B: no API key found (`wandb login` or WANDB_API_KEY gives one), logging offline; "
             f"{later}."
         )
-        offline = True
-    import wandb
-
+        mode = "offline"
+    if run_id is not None:
+        sent = max(sent, MetricsCSV(run_dir).last_step())
     run_dir.mkdir(parents=True, exist_ok=True)
     while True:
         logger = KimgWandbLogger(
-            first_step=MetricsCSV(run_dir).last_step() + 1 if offline else 0,
+            sent=sent,
             timeout=options.timeout,
             project=options.project,
             entity=options.entity,
             name=options.name or run_dir.name,
+            group=options.group,
+            job_type=options.job_type,
             tags=list(options.tags),
             save_dir=str(run_dir),
             id=run_id,
             resume="allow",
-            mode="offline" if offline else os.environ.get("WANDB_MODE"),
+            mode=mode,
             settings=wandb.Settings(init_timeout=options.timeout),
         )
         try:
             _ = logger.experiment  # starts it, and with it its identity
         except wandb.Error as error:
-            if offline:
+            if mode == "offline":
                 raise
             reason = str(error).splitlines()[0]
             say(f"W&B: {reason}; logging offline, {later}.")
-            offline = True
+            mode = "offline"
         else:
             return logger

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
 from torch.utils.data import DataLoader
 
 import cm_lightning
@@ -21,7 +23,7 @@ from cm_lightning.callbacks import (
     FIDCallback,
     SamplesCallback,
 )
-from cm_lightning.callbacks.step import step_of
+from cm_lightning.callbacks.step import StepCallback, step_of
 from cm_lightning.data import Digits, ImageDataModule, ReferenceSet, Source
 from cm_lightning.ema import ConstantEMA, PowerEMA
 from cm_lightning.evaluation import DigitsFeatures, read_metrics, reference_name, save_npz, to_uint8
@@ -398,3 +400,59 @@ def test_a_network_of_ones_own_need_not_know_of_label_dropout():
             return x
 
     assert multistep(EDMPrecond(Own()), X[None], [80.0]).shape == X.shape
+
+
+def test_rows_of_a_resumed_training_are_there_once(tmp_path):
+    def parts():
+        checkpoints = CheckpointCallback(every_kimg=0.128, best=None)
+        return EMACallback([ConstantEMA(0.9)]), DiagnosticsCallback(0.032), checkpoints
+
+    module = ECT(network(), total_kimg=0.256)
+    fit(module, *parts(), root=tmp_path, logger=MetricsCSV(tmp_path), max_steps=7)
+    first = read_metrics(tmp_path / "metrics.csv")
+    trainer = L.Trainer(
+        default_root_dir=tmp_path,
+        callbacks=list(parts()),
+        logger=MetricsCSV(tmp_path),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        max_epochs=1,
+    )
+    checkpoint = tmp_path / "checkpoints" / "nimg000000000128.ckpt"
+    data = ImageDataModule(Digits(), global_batch=32)
+    trainer.fit(ECT(network(), total_kimg=0.256), data, ckpt_path=checkpoint, weights_only=True)
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [row["step"] for row in first] == list(range(1, 8))
+    assert [row["step"] for row in rows] == list(range(1, 9))
+
+
+def test_numbers_of_lightnings_callbacks_are_dated(tmp_path):
+    monitor = LearningRateMonitor("step")
+    logger = MetricsCSV(tmp_path)
+    module = ECT(network(), total_kimg=0.16)
+    fit(
+        module,
+        monitor,
+        DiagnosticsCallback(0.064),
+        root=tmp_path,
+        logger=logger,
+        log_every_n_steps=2,
+    )
+    rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "lr-RAdam" in row]
+    assert len(rows) > 1
+    for row in rows:
+        assert row["kimg"] == pytest.approx(0.032 * row["step"])
+
+
+def test_the_speed_is_that_of_training(tmp_path):
+    class Slow(StepCallback):
+        def on_step(self, trainer, pl_module, before, after):
+            with self.pause():
+                time.sleep(0.3)
+
+    module = ECT(network(), total_kimg=0.32)
+    parts = Slow(), DiagnosticsCallback(0.064)
+    fit(module, *parts, root=tmp_path, logger=MetricsCSV(tmp_path))
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert min(row["speed/images_per_second"] for row in rows) > 64 / 0.6

@@ -224,7 +224,8 @@ class CheckpointCallback(StepCallback, Checkpoint):
             self.save(trainer, pl_module)
         fid = None if self.best is None else self._fid(trainer)
         if fid is not None and fid.best.get(str(self.best), (0.0, -1.0))[1] == after / 1000:
-            failure = self._write(trainer, "best.ckpt")
+            with self.pause():
+                failure = self._write(trainer, "best.ckpt")
             if failure is not None:
                 say(f"best.ckpt could not be written ({failure}); training goes on.")
         if self._interrupted(trainer, after // (after - before)):
@@ -256,7 +257,8 @@ class CheckpointCallback(StepCallback, Checkpoint):
         )
         if self._owed:
             return
-        failure = self._write(trainer, f"nimg{pl_module.nimg:012d}.ckpt")
+        with self.pause():
+            failure = self._write(trainer, f"nimg{pl_module.nimg:012d}.ckpt")
         folder = Path(trainer.default_root_dir)
         if failure is None:
             self._failures, self._saved = 0, pl_module.nimg

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +15,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cm_lightning.callbacks.step import StepCallback, check_interval, due, log_metrics, step_of
+from cm_lightning.callbacks.step import (
+    StepCallback,
+    check_interval,
+    due,
+    log_metrics,
+    step_of,
+    training_clock,
+)
 from cm_lightning.callbacks.teacher import TeacherDistance
 from cm_lightning.evaluation import diagnostics_figure, read_metrics, save_figure
 from cm_lightning.loggers import KimgWandbLogger, say, tolerated
@@ -37,7 +43,8 @@ class DiagnosticsCallback(StepCallback):
     (``loss_by_sigma/0.1-0.5``), ``ratio/r_over_t``, ``gradient/norm`` and ``gradient/nonfinite``
     (steps so far with a non-finite gradient), ``schedule/learning_rate``,
     ``schedule/stage``, ``schedule/levels`` (size of the grid), ``schedule/target_rate``,
-    ``speed/images_per_second`` and ``memory/peak_gb`` (of the device, or of the process on CPU).
+    ``speed/images_per_second`` (evaluations, grids, checkpoints and these diagnostics left out) and
+    ``memory/peak_gb`` (of the device, or of the process on CPU).
     Regimes may add values per bin: SCT the effective sample size of its weights (``ess``), the
     ``largest_weight``, the share of ``skipped`` rows and the ``discrepancy`` of target and sample;
     couplings that are not independent the ``transport_cost`` of their pairs, that of the pairs as
@@ -120,7 +127,7 @@ class DiagnosticsCallback(StepCallback):
         self._histogram = self._histogram.to(pl_module.device) * first
         self._notes = {n: v.to(pl_module.device) * first for n, v in self._notes.items()}
         self._edges = torch.tensor(self.edges, dtype=torch.float64, device=pl_module.device)
-        self._clock, self._counted = time.perf_counter(), pl_module.nimg
+        self._clock, self._counted = training_clock(trainer), pl_module.nimg
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -164,6 +171,7 @@ class DiagnosticsCallback(StepCallback):
     def _log(self, trainer: L.Trainer, pl_module: Any) -> None:
         assert self._sums is not None
         sums, histogram, totals = self._totals()
+        now = training_clock(trainer)
         self._sums.zero_()
         self._histogram.zero_()
         counts, losses, distances, ratios, nonfinite = sums[:-1].T
@@ -190,11 +198,9 @@ class DiagnosticsCallback(StepCallback):
                     metrics[f"{note}/{name}"] = float(value / count)
         with torch.compiler.set_stance("eager_on_recompile"):  # their batches have other sizes
             metrics |= self._target_variance(trainer, pl_module) | self.teacher(trainer, pl_module)
-        now = time.perf_counter()
         images = pl_module.nimg - self._counted
         metrics["speed/images_per_second"] = images / max(now - self._clock, 1e-9)
         metrics["memory/peak_gb"] = peak_memory(pl_module.device) / 2**30
-        self._clock, self._counted = now, pl_module.nimg
         self._tell_spike(metrics["distance"], pl_module)
         log_metrics(trainer, pl_module.nimg, metrics)
         edges = torch.linspace(*HISTOGRAM_RANGE, HISTOGRAM_BINS + 1).tolist()
@@ -203,6 +209,7 @@ class DiagnosticsCallback(StepCallback):
                 logger.log_histogram(
                     "loss_histogram", histogram.tolist(), edges, pl_module.nimg, step_of(trainer)
                 )
+        self._clock, self._counted = training_clock(trainer), pl_module.nimg
 
     def _totals(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sums, histogram and notes of the window over all ranks, on the CPU."""

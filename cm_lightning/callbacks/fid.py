@@ -212,7 +212,8 @@ class FIDCallback(StepCallback):
         interval = self.every_kimg if self.every_kimg is not None else float("inf")
         measure = self.enabled and not self._trial
         if measure and due(before, after, interval, pl_module.total_nimg):
-            self.evaluate(trainer, pl_module)
+            with self.pause():
+                self.evaluate(trainer, pl_module)
 
     def evaluate(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
         """Measure every profile and sampler now, log and return the values."""

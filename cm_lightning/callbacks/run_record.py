@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 
 from cm_lightning.callbacks.checkpoints import checkpoints_of
 from cm_lightning.callbacks.fid import FIDCallback
@@ -23,7 +24,7 @@ from cm_lightning.callbacks.memory import estimate_memory
 from cm_lightning.callbacks.processor import device_name, slow_because
 from cm_lightning.callbacks.samples import SamplesCallback
 from cm_lightning.files import write_json, write_text
-from cm_lightning.loggers import KimgWandbLogger, MetricsCSV, tolerated
+from cm_lightning.loggers import KimgWandbLogger, tolerated
 from cm_lightning.types import InputError
 from cm_lightning.version import __version__
 
@@ -69,7 +70,7 @@ class RunRecordCallback(L.Callback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Write both files, drop log rows after the checkpoint, say what is about to happen.
+        """Write both files, send the settings to every logger, say what is about to happen.
 
         Raises:
             InputError: If another process trains in the run directory, or it cannot be written.
@@ -89,15 +90,17 @@ class RunRecordCallback(L.Callback):
         )
         if not free:
             raise in_use(run_dir)
+        if trainer.is_global_zero:  # first of all: what begins is a run, wherever it is stopped
+            self._write_config(run_dir)
         late = None if self.late_logger is None else self.late_logger()
         if late is not None:
             trainer.loggers = [*trainer.loggers, late]
         if trainer.is_global_zero:
+            record = self._write_record(run_dir, trainer, pl_module)
+            facts = {key: record[key] for key in record if key not in ("starts", "results")}
+            settings = yaml.safe_load(self.config) | {"run": facts | record["starts"][-1]}
             for logger in trainer.loggers:
-                if isinstance(logger, MetricsCSV):
-                    logger.resume_at(pl_module.nimg)
-            self._write_config(run_dir)
-            self._write_record(run_dir, trainer, pl_module)
+                logger.log_hyperparams(settings)
             self._started = started
             print(start_summary(trainer, pl_module, self.resumed_from), flush=True)
 
@@ -110,7 +113,7 @@ class RunRecordCallback(L.Callback):
             path = run_dir / f"config.{number}.yaml"
         write_text(path, self.config)
 
-    def _write_record(self, run_dir: Path, trainer: L.Trainer, pl_module: Any) -> None:
+    def _write_record(self, run_dir: Path, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
         path = run_dir / "run.json"
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"starts": []}
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -137,10 +140,11 @@ class RunRecordCallback(L.Callback):
             "origins": pl_module.origins,
         }
         for logger in trainer.loggers:
-            if isinstance(logger, KimgWandbLogger):
-                record["wandb_id"] = logger.version
+            if isinstance(logger, KimgWandbLogger) and not logger.experiment.disabled:
+                record |= {"wandb_id": logger.version, "wandb_sent": logger.sent}
         record["starts"].append(start)
         write_json(path, record)
+        return record
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Say what came out and where it lies; add the results to ``run.json``."""
@@ -149,6 +153,10 @@ class RunRecordCallback(L.Callback):
             path, record = self._timed(trainer, seconds)
             record["results"] = {"kimg": pl_module.nimg / 1000, **results(trainer)}
             write_json(path, record)
+            for logger in trainer.loggers:
+                if isinstance(logger, KimgWandbLogger):
+                    best = record["results"]["best"]
+                    logger.log_best({key: best[key]["value"] for key in best})
             print(end_summary(trainer, pl_module, seconds), flush=True)
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:

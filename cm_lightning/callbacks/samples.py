@@ -84,7 +84,7 @@ class SamplesCallback(StepCallback):
         """Draw when it is due."""
         if trainer.is_global_zero and due(before, after, self.every_kimg, pl_module.total_nimg):
             for sampler in self.samplers:
-                with tolerated("A grid of samples"):
+                with self.pause(), tolerated("A grid of samples"):
                     self.draw(trainer, pl_module, sampler)
 
     def draw(self, trainer: L.Trainer, pl_module: Any, sampler: Sampler) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -18,6 +20,7 @@ __all__ = [
     "due",
     "log_metrics",
     "step_of",
+    "training_clock",
 ]
 
 
@@ -110,10 +113,28 @@ def log_metrics(trainer: L.Trainer, nimg: int, metrics: Mapping[str, float]) -> 
             logger.log_metrics({"kimg": nimg / 1000, **metrics}, step=step_of(trainer))
 
 
+def training_clock(trainer: L.Trainer) -> float:
+    """Seconds that go on while training does: the pauses of callbacks are left out."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return time.perf_counter() - sum(getattr(callback, "paused", 0.0) for callback in callbacks)
+
+
 class StepCallback(L.Callback):
     """A callback that acts once per optimizer step, however many micro-batches that takes."""
 
+    paused = 0.0
+    """Seconds that it has kept training waiting."""
+
     _seen = 0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Count the time of what is no training: evaluations, pictures, checkpoints."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.paused += time.perf_counter() - start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Read the clock; the module is on its device and any checkpoint has been applied."""

@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import WandbLogger
 
 import cm_lightning.networks  # noqa: F401  (short class names resolve to imported classes)
 from cm_lightning.callbacks import (
@@ -204,20 +205,23 @@ class FitCLI(LightningCLI):
         given = self.config["trainer"]
         if given["benchmark"] is None and not given["deterministic"]:
             kwargs["benchmark"] = True  # shapes are fixed, so cuDNN may try its algorithms
-        kwargs["callbacks"] = list(self.config_init["trainer"]["callbacks"] or [])
+        made = self.config_init["trainer"]
+        kwargs["callbacks"] = as_list(made["callbacks"])
         if self.config["check"]:
             self.scratch = tempfile.TemporaryDirectory()
             kwargs |= {"logger": False, "max_steps": 1, "enable_progress_bar": False}
             kwargs["default_root_dir"] = self.scratch.name
         else:
-            if self.config["trainer"]["logger"] is not None:
+            others = as_list(made["logger"])
+            if True in others or any(isinstance(logger, WandbLogger) for logger in others):
                 raise InputError(
-                    "trainer.logger cannot be set: metrics.csv is always written, and "
-                    "wandb.project adds W&B."
+                    "trainer.logger adds loggers such as TensorBoardLogger by their class_path: "
+                    "metrics.csv is always written, and wandb.project adds W&B."
                 )
-            kwargs["logger"] = MetricsCSV(run_dir)
+            kwargs["logger"] = [MetricsCSV(run_dir), *others]
             resumed = None if self.plan.checkpoint is None else str(self.plan.checkpoint)
-            wandb = partial(wandb_logger, self.config_init["wandb"], run_dir, self.plan.wandb_id)
+            known = run_dir, self.plan.wandb_id, self.plan.wandb_sent
+            wandb = partial(wandb_logger, self.config_init["wandb"], *known)
             record = RunRecordCallback(self.plan.config_text, resumed, wandb)
             kwargs["callbacks"].append(record)
             if self.config["trainer"]["enable_progress_bar"] is not False:
@@ -226,6 +230,11 @@ class FitCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
             raise InputError(f"The trainer refuses its settings: {one_line(error)}.") from error
+
+
+def as_list(given: Any) -> list[Any]:
+    """What a key holds that takes one thing or several: a list, empty for ``None`` or false."""
+    return list(given) if isinstance(given, (list, tuple)) else [given] if given else []
 
 
 def as_config(leaf: Any) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def fit(cli: FitCLI) -> None:
         fail(COMMAND, f"{error} (in {plan.run_dir}); afterwards the same command continues.", 1)
     finally:
         for logger in trainer.loggers:
-            if isinstance(logger, KimgWandbLogger) and not logger.finish():
+            if isinstance(logger, KimgWandbLogger) and not logger.finish(exit_code()):
                 leave_at_once()
 
 
@@ -97,15 +97,21 @@ def out_of_memory(cli: FitCLI, error: Exception) -> str:
     )
 
 
+def exit_code() -> int:
+    """Code with which the program ends, by the exception on its way."""
+    error = sys.exc_info()[1]
+    code = error.code if isinstance(error, SystemExit) else int(error is not None)
+    return code if isinstance(code, int) else 1
+
+
 def leave_at_once() -> None:
     """End the process without waiting for W&B, which waits for its server."""
     error = sys.exc_info()[1]
-    code = error.code if isinstance(error, SystemExit) else int(error is not None)
     if error is not None and not isinstance(error, SystemExit):
         sys.excepthook(type(error), error, error.__traceback__)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 1)
+    os._exit(exit_code())
 
 
 def is_finished(run_dir: Path, checkpoint: dict[str, Any], total_nimg: int) -> bool:

@@ -39,12 +39,14 @@ class RunPlan:
         checkpoint: Checkpoint to continue from, ``None`` for a fresh start.
         config_text: The resolved config as YAML.
         wandb_id: Identity of the W&B run to continue.
+        wandb_sent: Last optimizer step that it got in the starts before the last one.
     """
 
     run_dir: Path
     checkpoint: Path | None
     config_text: str
-    wandb_id: str | None
+    wandb_id: str | None = None
+    wandb_sent: int = -1
 
 
 def plan_run(config: Any, text: str) -> RunPlan:
@@ -60,7 +62,7 @@ def plan_run(config: Any, text: str) -> RunPlan:
     run_dir = Path(config["run_dir"] or default_run_dir(config))
     check_places(config["trainer"], run_dir)
     if config["check"]:
-        return RunPlan(run_dir, None, text, None)
+        return RunPlan(run_dir, None, text)
     resume = config["resume"]
     if resume not in ("auto", "never") and not Path(resume).exists():
         raise InputError(
@@ -93,7 +95,9 @@ def plan_run(config: Any, text: str) -> RunPlan:
     if resume not in ("auto", "never"):
         checkpoint = newest_of(Path(resume))
     check_writable(run_dir)
-    return RunPlan(run_dir, checkpoint, text, run_record(run_dir).get("wandb_id"))
+    record = run_record(run_dir)
+    known = record.get("wandb_id"), record.get("wandb_sent", -1)
+    return RunPlan(run_dir, checkpoint, text, *known)
 
 
 def check_writable(run_dir: Path) -> None:
@@ -209,5 +213,9 @@ def run_record(run_dir: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     record = read_mapping(path)
-    check_form(record, {"starts": [dict], "wandb_id?": str, "results?": dict}, str(path))
+    check_form(
+        record,
+        {"starts": [dict], "wandb_id?": str, "wandb_sent?": int, "results?": dict},
+        str(path),
+    )
     return record

@@ -159,6 +159,10 @@ class Runner:
                 "run_dir": str(folder),
                 "trainer.enable_progress_bar": False,
             }
+            if options.get("wandb.project"):
+                arm = run.name.split("/")[0]
+                known = {"wandb.name": run.name, "wandb.group": self.out.name, "wandb.tags": [arm]}
+                options = known | options
             words = ["--config", str(run.config), *option_words(options, self.out)]
             self._command(run, ["cm_lightning.cli.fit", *words], OPTIONS, self._note(run))
             found = finished(folder)
@@ -275,10 +279,11 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """Options of a run, and a hash of what its config says."""
+    """Options of a run but for those of W&B, and a hash of what its config says."""
     config = json.dumps(read_mapping(run.config, "config"), sort_keys=True, default=str)
     digest = hashlib.sha256(config.encode()).hexdigest()[:16]
-    return {"config": f"{run.config.name} {digest}"} | run.options
+    options = {key: run.options[key] for key in run.options if not key.startswith("wandb.")}
+    return {"config": f"{run.config.name} {digest}"} | options
 
 
 def option_words(options: dict[str, Any], out: Path) -> list[str]:

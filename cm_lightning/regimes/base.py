@@ -196,6 +196,9 @@ class ConsistencyModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Give the optimizer the config's settings; train no further where a run was over."""
+        for logger in self.loggers:
+            if hasattr(logger, "follow"):
+                logger.follow(lambda: self.nimg)
         self._micro_step = 0
         optimizers = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizers, Optimizer)

@@ -50,7 +50,7 @@ MISTAKES = {
     "ema": (["--ema.profiles", "[{class_path: ConstantEMA, init_args: {rate: 2}}]"], "[0, 1)"),
     "checkpoint": (["--resume", "nofile.ckpt"], "there is no nofile.ckpt"),
     "no such device": (["--trainer.accelerator", "abacus"], "abacus"),
-    "logger": (["--trainer.logger", "true"], "trainer.logger cannot be set"),
+    "logger": (["--trainer.logger", "true"], "trainer.logger adds loggers"),
     "precision": (["--trainer.precision", "64-true"], "trainer.precision must be one of"),
     "reference": (["--fid.reference", "nofile.npz"], "nofile.npz"),
     "seed of a part": (["--model.seed=3"], "model.seed cannot be set (in the command line)"),

@@ -14,11 +14,9 @@ from safetensors.torch import load_file
 
 from cm_lightning.callbacks import run_record
 from cm_lightning.cli import help
-from cm_lightning.dashboard import BY_LEVEL, panel
 from cm_lightning.data import ImageDataModule
-from cm_lightning.evaluation.figures import PANELS
 from cm_lightning.regimes import ECT
-from tests.cli.conftest import ROOT, TINY
+from tests.cli.conftest import ROOT
 
 PROFILES = ["ema_0.9", "ema_halflife0.3k", "ema_std0.100"]
 
@@ -328,77 +326,6 @@ def test_printed_config_is_complete(program):
     assert "Unable to serialize" not in done.err
 
 
-@pytest.mark.parametrize("key", ["", "offline"])
-def test_wandb_without_a_key_goes_offline_and_never_asks(fit, tmp_path, monkeypatch, key):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    if key:
-        monkeypatch.setenv("WANDB_MODE", key)
-    else:
-        monkeypatch.delenv("WANDB_MODE", raising=False)
-    done = fit(tmp_path / "run", "--wandb.project", "test", "--trainer.max_steps", 5)
-    assert done.code == 0, done.err
-    assert ("no API key" in done.out + done.err) == (not key)
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["wandb_id"]
-
-
-def wandb_records(path):
-    """Records of an offline run: a LevelDB log of protocol buffers."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    content, place, parts, found = path.read_bytes(), 7, b"", []
-    while place + 7 <= len(content):
-        if (left := 32768 - place % 32768) < 7:
-            place += left
-            continue
-        size, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
-        parts += content[place + 7 : place + 7 + size]
-        place += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            found.append(Record.FromString(parts))
-            parts = b""
-    return found
-
-
-def test_wandb_gets_sections_on_an_axis_in_kimg(program, tmp_path, monkeypatch):
-    """Every number of metrics.csv, grids and pictures arrive, under few first words."""
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    run = tmp_path / "run"
-    words = ["--config", ROOT / "configs" / "gc_digits.yaml", "--config", TINY, "--run_dir", run]
-    words += ["--wandb.project", "test", "--diagnostics.picture", "true"]
-    assert program("cm-fit", *words).code == 0
-    sys.modules["wandb"].teardown()  # at the end of a process: the file may end later than the run
-    (path,) = run.glob("wandb/offline-run-*/*.wandb")
-    records = wandb_records(path)
-    metrics = {m.glob_name or m.name: m.step_metric for m in (r.metric for r in records)}
-    assert metrics["*"] == "kimg"
-    logged, sections = {}, set()
-    for record in records:
-        row = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
-        logged |= row
-        assert not row or "kimg" in row
-        sections |= {key.partition("/")[0] for key in row if not key.startswith("_")}
-    families = {name for name in sections if name.startswith("by_level_")}
-    assert {"by_level_loss", "by_level_transport_cost", "by_level_generated"} <= families
-    others = {"kimg", "training", "schedule", "machine", "samples", "diagnostics", "fd_digits66"}
-    assert sections - families == others
-    numbers = rows(run)[-1]
-    for key in (key for key in numbers if key not in ("kimg", "step") and numbers[key]):
-        assert float(logged[panel(key)]) == pytest.approx(float(numbers[key]), rel=1e-6), key
-    for picture in ("samples/ema_0.9/nfe1", "samples/ema_0.9/nfe2", "diagnostics/over_training"):
-        assert logged[f"{picture}/_type"] == '"image-file"'
-
-
-def test_every_family_has_a_section():
-    assert set(BY_LEVEL) == set(PANELS)
-    assert panel("loss") == "training/loss"
-    assert panel("loss/nonfinite") == "training/loss_nonfinite"
-    assert panel("time/fid10k_seconds") == "machine/fid10k_seconds"
-    assert panel("fid10k/ema_0.9999/nfe1") == "fid10k/ema_0.9999/nfe1"
-
-
 def test_an_evaluation_stops_when_its_time_is_over(fit, tmp_path):
     run = tmp_path / "run"
     done = fit(run, "--fid.max_minutes", "1e-6")
@@ -500,3 +427,24 @@ def test_cudnn_tries_its_algorithms_unless_runs_are_to_be_repeated(tmp_path, fit
         torch.backends.cudnn.benchmark = before
         torch.use_deterministic_algorithms(strict)
     assert seen == [True, False, False]
+
+
+def test_loggers_and_callbacks_of_lightning_from_the_command_line(fit, tmp_path):
+    run = tmp_path / "run"
+    words = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", run]
+    words += ["--trainer.callbacks", "LearningRateMonitor", "--model.total_kimg", 3.84]
+    words += ["--fid.every_kimg", "null", "--samples.every_kimg", "null"]
+    done = fit(run, *words)
+    assert done.code == 0, done.err
+    assert "lr-RAdam" in load_rows(run / "metrics.csv")[-1]
+    (other,) = run.glob("lightning_logs/version_0/metrics.csv")
+    assert any(row["loss"] for row in load_rows(other))
+    assert "data_fingerprint" in (other.parent / "hparams.yaml").read_text()
+    away = fit(tmp_path / "other", *words)
+    assert away.code == 2
+    assert "outside the run directory" in away.err
+
+
+def load_rows(path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

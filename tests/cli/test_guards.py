@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 
 from cm_lightning.evaluation import read_metrics
-from cm_lightning.loggers import KimgWandbLogger, has_wandb_key
 from cm_lightning.regimes import ECT
 from tests.cli.conftest import ROOT, TINY
 from tests.cli.test_fit import assert_same, load
@@ -240,100 +236,6 @@ def test_a_place_inside_the_run_directory_is_fine(fit, tmp_path):
     words = ["--trainer.profiler", "SimpleProfiler", "--trainer.profiler.dirpath", run / "profile"]
     done = fit(run, *words, "--trainer.max_steps", 1)
     assert done.code == 0, done.err
-
-
-def test_a_wandb_server_that_hangs_is_given_up(fit, tmp_path, monkeypatch):
-    key = "5ecre7" * 6 + "abcd"
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(50)
-    held = []
-
-    def accept():
-        while True:
-            try:
-                held.append(listener.accept())
-            except OSError:
-                return
-
-    threading.Thread(target=accept, daemon=True).start()
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
-    monkeypatch.setenv("WANDB_API_KEY", key)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    run = tmp_path / "run"
-    start = time.monotonic()
-    done = fit(run, "--wandb.project", "x", "--wandb.timeout", 2, "--trainer.max_steps", 5)
-    assert done.code == 0, done.err
-    assert held
-    assert time.monotonic() - start < 90
-    assert f"logging offline, `wandb sync --yes {run}/wandb/offline-run-*` sends" in done.out
-    assert list((run / "wandb").glob("offline-run-*"))
-    for path in run.rglob("*"):
-        assert not path.is_file() or key.encode() not in path.read_bytes(), path
-    listener.close()
-
-
-@pytest.mark.parametrize(
-    ("machine", "server", "found"),
-    [
-        ("api.wandb.ai", None, True),
-        ("api.forge.coreweave.com", None, True),
-        ("api.wandb.ai", "https://api.forge.coreweave.com", True),
-        ("example.org", None, False),
-        ("example.org", "https://example.org:8080", True),
-        ("api.wandb.ai", "https://example.org", False),
-    ],
-)
-def test_keys_of_wandb_in_the_netrc_file(machine, server, found, tmp_path, monkeypatch):
-    file = tmp_path / "netrc"
-    file.write_text(f"machine {machine}\n login user\n password {'a' * 40}\n")
-    file.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(file))
-    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
-    if server is not None:
-        monkeypatch.setenv("WANDB_BASE_URL", server)
-    assert has_wandb_key() == found
-
-
-def test_a_wandb_server_that_hangs_at_the_end_is_left(fit, tmp_path, monkeypatch):
-    left = []
-    monkeypatch.setattr(os, "_exit", lambda code: left.append(code))
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    real = KimgWandbLogger.finish
-
-    def finish(self):
-        closing, self._experiment.finish = self._experiment.finish, lambda: time.sleep(5)
-        result = real(self)
-        closing()
-        return result
-
-    monkeypatch.setattr(KimgWandbLogger, "finish", finish)
-    words = ["--wandb.project", "x", "--wandb.timeout", 0.2, "--trainer.max_steps", 1]
-    done = fit(tmp_path / "run", *words)
-    assert left == [0]
-    assert "did not answer within 0.2 s; `wandb sync" in done.out
-
-
-def test_offline_rows_are_logged_once_over_restarts(fit, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    seen = []
-    real = KimgWandbLogger._log
-
-    def log(self, row, step):
-        if step >= self.first_step:
-            seen.append((step, tuple(sorted(row))))
-        real(self, row, step)
-
-    monkeypatch.setattr(KimgWandbLogger, "_log", log)
-    words = ["--wandb.project", "x", "--checkpoints.every_kimg", 0.32]
-    run = tmp_path / "run"
-    assert fit(run, *words, "--trainer.max_steps", 9).code == 0  # logged and saved at 9
-    done = fit(run, *words)
-    assert done.code == 0, done.err
-    assert "Resuming" in done.out
-    assert len(seen) == len(set(seen))
-    rows = read_metrics(run / "metrics.csv")
-    assert {step for step, _ in seen} == {round(row["kimg"] / 0.064) for row in rows}
 
 
 def test_data_removed_in_mid_run_is_still_there_for_it(fit, tmp_path, monkeypatch):

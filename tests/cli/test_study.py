@@ -116,6 +116,21 @@ def test_a_study_trains_tunes_continues_and_tabulates(study, program, tmp_path):
     assert f"huber/{lr}/seed1 was made with other options" in changed.err
 
 
+def test_runs_of_a_study_have_names_in_wandb(study, program, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    options = {"model.total_kimg": 0.064, "fid.every_kimg": None, "wandb.project": "x"}
+    changes = {"arms": {"ect": None}, "tune": None, "questions": {}}
+    path = study(options=options, **changes)
+    assert program("cm-study", path, "--out", tmp_path / "out").code == 0
+    config = yaml.safe_load((tmp_path / "out/ect/seed1/config.yaml").read_text())["wandb"]
+    expected = {"name": "ect/seed1", "group": "out", "tags": ["ect"]}
+    assert {key: config[key] for key in expected} == expected
+    # where the numbers go does not change them: another team is no other study
+    path = study(options=options | {"wandb.entity": "team"}, **changes)
+    done = program("cm-study", path, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+
+
 def test_own_options_come_last_under_either_spelling(study):
     arms = {
         "a": {"options": {"model.optimizer": {"class_path": "torch.optim.Adam"}, "fid.n": 9}},
