@@ -52,7 +52,7 @@ test-slow: $(READY)  ## the tests that take minutes
 test-gpu: $(READY)  ## what a CUDA device alone can show: speed changes no result, no step waits
 	$(BIN)/python -m pytest -m "gpu"
 
-study-digits: $(READY)  ## every regime on digits, three seeds, with intervals (an hour on 2 cores)
+study-digits: $(READY)  ## every regime on digits, three seeds, with intervals (half an hour to an hour on 2 cores)
 	$(BIN)/cm-study configs/studies/digits8.yaml --jobs 2
 	$(BIN)/cm-compare runs/digits8 --out runs/digits8/comparison
 

@@ -126,7 +126,7 @@ def classes(options: argparse.Namespace) -> str:
     """What references of the row's class cost per micro-batch, from a store of ImageNet's size.
 
     ``fetch`` is what a loader process does ahead of the step; ``mean`` is part of the step. The
-    store is that of :func:`store`, made if it is not there.
+    store is that of :func:`cm_lightning.bench.store.store`, made if it is not there.
 
     Args:
         options: ``images``, ``resolution``, ``classes``, ``batch``, ``sizes``, ``repeats``,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,22 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = CommandParser(prog=COMMAND, allow_abbrev=False, description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True, parser_class=CommandParser)
-    bring = actions.add_parser("convert", help="make a store, for `data.source: Store`")
+    bring = actions.add_parser(
+        "convert",
+        help="make a store, for `data.source: Store`",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="kinds:\n" + _table(KINDS) + "\ntransforms:\n" + _table(TRANSFORMS),
+    )
     add = bring.add_argument
     add("source", help="file or folder")
     add("--out", required=True, help="folder to make; must not exist")
     add("--kind", choices=tuple(KINDS), help="layout [found out]")
-    add("--transform", choices=TRANSFORMS, default="none", help="how images get their size [none]")
+    add(
+        "--transform",
+        choices=tuple(TRANSFORMS),
+        default="none",
+        help="how images get their size [none]",
+    )
     add("--resolution", type=whole(16384), help="height and width of the stored images")
     add("--channels", type=int, choices=(1, 3), help="[those of the first image]")
     add("--workers", type=whole(1024), default=0, help="processes that decode; 0 for this one [0]")
@@ -61,6 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _table(texts: Mapping[str, str]) -> str:
+    return "".join(f"  {name:<22}{text}\n" for name, text in texts.items())
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``cm-data``."""
     options = build_parser().parse_args(args)
@@ -78,7 +93,7 @@ def bring(options: argparse.Namespace) -> None:
     if options.transform != "none" and options.resolution is None:
         raise InputError(f"--transform {options.transform} needs --resolution.")
     if options.transform == "none" and options.resolution is not None:
-        raise InputError("--resolution needs a --transform: " + ", ".join(TRANSFORMS[1:]) + ".")
+        raise InputError("--resolution needs a --transform: " + ", ".join([*TRANSFORMS][1:]) + ".")
     files = open_images(options.source, options.kind)
     print(f"{options.source}: {len(files):,} images, {KINDS[files.kind]}", flush=True)
     if files.note:

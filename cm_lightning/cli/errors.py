@@ -15,8 +15,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
-from cm_lightning.cli.modules import refusal
-from cm_lightning.documents import allow_modules, one_line
+from cm_lightning.cli.modules import name_modules, refusal
+from cm_lightning.documents import one_line
 from cm_lightning.types import InputError
 
 __all__ = [
@@ -141,7 +141,7 @@ class CommandParser(argparse.ArgumentParser):
         found = super().parse_args(*args, **options)
         names = getattr(found, "allow_modules", None)
         try:
-            allow_modules(*(names.split(",") if names else []))
+            name_modules(names.split(",") if names else [])
         except InputError as error:
             self.error(str(error))
         return found

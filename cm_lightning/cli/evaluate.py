@@ -93,14 +93,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="deterministic phases: their number, or their edges; may be given several times",
     )
     add("--eta", type=finite, nargs="+", default=[1.0], help="edge skipping of --phases [1]")
-    add("--heun", type=whole(10_000), nargs="+", default=[], metavar="STEPS", help="EDM's sampler")
+    add(
+        "--heun",
+        type=whole(10_000),
+        nargs="+",
+        default=[],
+        metavar="STEPS",
+        help="EDM's sampler: this many noise levels, 2 STEPS - 1 calls",
+    )
     add(
         "--euler",
         type=whole(10_000),
         nargs="+",
         default=[],
         metavar="STEPS",
-        help="first-order sampler",
+        help="first-order sampler, STEPS calls",
     )
     add("--guidance", type=finite, nargs="+", default=[1.0], metavar="W", help="scales [1]")
     add("--worse_ema", metavar="NAME", help="guide by this profile or snapshot, as ema_0.9999@0.5")

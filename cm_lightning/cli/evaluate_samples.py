@@ -89,8 +89,8 @@ def read_against(config: Mapping[str, Any], where: str) -> Against:
     }
     fid = config["fid"]
     parts = {key: fid[key] for key in ("features", "samplers", "reference") if key in fid}
-    if parts.get("features") is None:
-        raise InputError(f"{where} names no fid.features.")
+    if parts.get("features") is None:  # as in cm-fit
+        parts["features"] = {"class_path": "cm_lightning.evaluation.Inception"}
     if config.get("data") is None:
         del types["data"]
     else:

@@ -132,12 +132,19 @@ class FitCLI(LightningCLI):
         parser.add_argument(
             "--resume", type=str, default="auto", help="auto, never, a .ckpt or a run"
         )
-        parser.add_argument("--check", type=bool, default=False, nargs="?", const=True, help="test")
+        parser.add_argument(
+            "--check",
+            type=bool,
+            default=False,
+            nargs="?",
+            const=True,
+            help="build everything, train one step, write no run",
+        )
         parser.add_argument(
             "--allow_modules",
             type=str | None,
             default=None,
-            help="packages besides torch's that configs may name, on the command line alone",
+            help="packages of your own that configs may name classes of; on the command line alone",
         )
         parser.add_lightning_class_args(EMACallback, "ema")
         parser.add_lightning_class_args(FIDCallback, "fid")

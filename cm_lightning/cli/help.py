@@ -23,9 +23,9 @@ run
   --run_dir DIR       where everything is written [runs/<name of the first config>]
   --resume HOW        auto: continue the run directory if it has a checkpoint [auto]
                       never: refuse a directory that already holds a run
-                      FILE: continue from this checkpoint
-  --check             build everything, train one step, evaluate a few images, write nothing,
-                      and say what the run would need
+                      RUN or FILE: go on from its newest, or from this, checkpoint
+  --check             build everything, train one step, evaluate a few images, write nothing but
+                      missing downloads, and say what the run would need
   --print_config      print the resolved config and stop
   --seed_everything N seed of weights, noise and data order [0]
 
@@ -38,7 +38,7 @@ what is trained (defaults: the paper's)
   --model.discretization | coupling | distance | weighting CLASS    the parts of the objective
 
 on which data
-  --data.source CLASS           Digits, IDX, ...
+  --data.source CLASS           Store (made by cm-data convert), IDX, Digits
   --data.global_batch N         images per step over all devices and accumulation
   --data.micro_batch N          largest batch per device; accumulation follows
   --data.resolution N, --data.resize pad|resize, --data.flip BOOL, --data.conditional BOOL
@@ -47,7 +47,7 @@ evaluation and records (intervals in thousands of images; null: only at the end,
   --ema.profiles ...            ConstantEMA, HalfLifeEMA, PowerEMA; several at once
   --fid.features CLASS          Inception, Timm, DigitsFeatures; --fid.n, --fid.every_kimg
   --samples.every_kimg N        grids of samples from fixed noise
-  --diagnostics.every_kimg N    rows of metrics.csv
+  --diagnostics.every_kimg N    rows of metrics.csv (not null)
   --checkpoints.every_kimg N, --checkpoints.keep N
   --wandb.project NAME          log to Weights & Biases too (offline without a key)
 
@@ -55,8 +55,10 @@ machine
   --trainer.accelerator cpu|gpu, --trainer.devices N, --trainer.precision bf16-mixed, ...
   --performance.compile BOOL, checkpointing BOOL (less memory), tf32 BOOL, channels_last BOOL
 
-All keys:             cm-fit --help_all
-Keys of one class:    cm-fit --model.help ECT      cm-fit --data.source.help IDX
+All keys but the model's:   cm-fit --help_all
+Keys of one class:          cm-fit --model.help ECT      cm-fit --data.source.help IDX
+Of a part of the model:     cm-fit --model ECT --model.discretization.help ECTMapping
+                            (there --discretization.q means --model.discretization.q)
 """
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from jsonargparse import set_parsing_settings
 
 from cm_lightning import documents
 from cm_lightning.types import InputError
 
-__all__ = ["MODULES", "allow_modules", "check_module", "refusal"]
+__all__ = ["MODULES", "allow_modules", "check_module", "name_modules", "refusal"]
 
 MODULES = ("cm_lightning", "torch", "lightning", "torchmetrics")
 """Packages that are always allowed."""
@@ -32,9 +35,20 @@ def allow_modules(argv: list[str]) -> None:
         if key == "--allow_modules":
             value = value if equals else "".join(argv[number + 1 : number + 2])
             found += value.split(",")
-    documents.allow_modules(*found)
+    name_modules(found)
     _allowed[:] = [*MODULES, *found]
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=list(_allowed))
+
+
+def name_modules(names: list[str]) -> None:
+    """Allow packages by name, those of the current folder too, which are found after all others.
+
+    Raises:
+        InputError: If one is no name of a package.
+    """
+    documents.allow_modules(*names)
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def check_module(path: str) -> None:

@@ -70,9 +70,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--heun",
         type=whole(10_000),
         metavar="STEPS",
-        help="EDM's sampler instead, for diffusion models",
+        help="EDM's sampler instead: this many noise levels, 2 STEPS - 1 calls",
     )
-    add("--euler", type=whole(10_000), metavar="STEPS", help="first-order sampler instead")
+    add(
+        "--euler",
+        type=whole(10_000),
+        metavar="STEPS",
+        help="first-order sampler instead, STEPS calls",
+    )
     add("--n", type=whole(), default=64, help="number of images [64]")
     add("--seed", type=whole(2**53), default=0, help="seed of the noise [0]")
     add(

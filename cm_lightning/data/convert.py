@@ -27,7 +27,13 @@ __all__ = ["TRANSFORMS", "Transform", "convert"]
 CHUNK = 512
 """Images between two records of progress."""
 
-TRANSFORMS = ("none", "center-crop", "center-crop-dhariwal", "pad", "resize")
+TRANSFORMS = {
+    "none": "images have their size already",
+    "center-crop": "largest centred square, then Lanczos, as EDM's tool",
+    "center-crop-dhariwal": "ADM's, of all ImageNet-64 results of EDM, EDM2, ECT and SCT",
+    "pad": "centred on black",
+    "resize": "squashed, bicubic",
+}
 
 
 class Transform(NamedTuple):

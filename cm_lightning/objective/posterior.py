@@ -113,8 +113,9 @@ class ReferenceMean(PosteriorMean):
     Rows with label -1, with a generated ``x0`` or without another image of their class keep
     ``x0``; on a CPU they are not computed. Where references lie class by class, rows meet those of
     their class alone, a tenth of the products for ten classes. References are streamed in chunks,
-    so memory does not grow with their number; all is computed in fp32 (float64 for float64 images)
-    outside autocast and without TF32, which would pull the average towards the own image.
+    so memory does not grow with their number beyond that of the set itself; all is computed in
+    fp32 (float64 for float64 images) outside autocast and without TF32, which would pull the
+    average towards the own image.
 
     Args:
         chunk: References per chunk, >= 1; ``None`` for as many as a CPU core's cache holds as
@@ -210,6 +211,9 @@ class ReferenceMean(PosteriorMean):
             t: Their noise levels, ``(B,)``.
             batch: The batch.
             references: Any part of the references.
+
+        Raises:
+            InputError: If the references have labels and the batch has none.
         """
         dtype = torch.promote_types(torch.float32, x_t.dtype)
         x, inverse = x_t.flatten(1).to(dtype), 0.5 / t.double().square()

@@ -58,7 +58,7 @@ class CD(ConsistencyModule):
         solver: ``"heun"`` (published) or ``"euler"``.
         guidance: Guidance scale w of the teacher, >= 0; 1 for none: D(x, t) + w (D(x, t, c) - D(x,
             t)), with w = 1 in one call. LCM's and Meng et al.'s w is this one minus 1.
-        distance: Distance of the two ends, as published LPIPS.
+        distance: Distance of the two ends, as published LPIPS (CIFAR-10: ``pooling: max``).
         weighting: Weight of the distance.
         target: Profile of the target network. CIFAR-10: rate 0, which is the student itself;
             ImageNet-64: rate 0.95.

@@ -70,7 +70,7 @@ class CT(ConsistencyModule):
         gradients: Sanitising of gradients.
         discretization: Law of (t, r). ImageNet-64: s1 200, mu0 0.95.
         coupling: Law of (x0, z).
-        distance: Distance of the two ends, as published LPIPS.
+        distance: Distance of the two ends, as published LPIPS (CIFAR-10: ``pooling: max``).
         weighting: Weight of the distance.
         target: Profile of the target network, ``None`` for that of a GrowingGrid.
         seed: Seed of noise levels, noise and dropout.

@@ -64,7 +64,7 @@ class SCT(ConsistencyModule):
         discretization: Law of (t, r).
         coupling: Law of (x0, z). Rows that a GeneratorCoupling makes keep the one-sample step.
         references: Which images estimate the posterior mean.
-        posterior: How they do.
+        posterior: How they are averaged into E[x0 | x_t].
         solver: ``"euler"``, or ``"heun"`` for a second posterior mean at r.
         distance: Distance of the two ends.
         weighting: CIFAR-10: InverseStep; ImageNet-64: COut.

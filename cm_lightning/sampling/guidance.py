@@ -72,7 +72,11 @@ class GuidedDenoiser(Denoiser):
         return 1 if self.scale == 1 else 2
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Denoise with guidance."""
+        """Denoise with guidance.
+
+        Raises:
+            InputError: If it is guided by missing labels and gets none.
+        """
         good: Tensor = self.denoiser(x, sigma, labels)
         if self.scale == 1:
             return good

@@ -1,7 +1,7 @@
 """Portable weights: ``model.safetensors`` beside a ``config.json`` that says how to build them.
 
 Also reads the weights of a run directory. Nothing here is unpickled, and a config can only name
-classes of this package.
+classes of this package and of those that ``allow_modules`` named.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def load_weights(path: str | Path, ema: str | None = None) -> Loaded:
     Args:
         path: A directory with ``model.safetensors`` and ``config.json``; a run directory, whose
             newest checkpoint is taken; one ``.ckpt`` file of a run directory; or what
-            :func:`load_public` takes, as a diffusion model.
+            :func:`~cm_lightning.weights.public.load_public` takes, as a diffusion model.
         ema: EMA profile of a run, ``"live"`` for the trained weights themselves, ``None`` for the
             run's first profile. A weights folder holds one set only.
 

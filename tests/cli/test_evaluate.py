@@ -85,6 +85,15 @@ def test_other_features_by_their_class(run, program):
     assert "classes come from cm_lightning alone" in elsewhere.err
 
 
+def test_a_recipe_without_features_means_inception(run, program):
+    """As in cm-fit; its weights are not here."""
+    (run / "recipe.yaml").write_text("data: {source: Digits}\nfid: {n: 66}\n")
+    words = ["--config", run / "recipe.yaml", "--n", 66, "--seeds", 0, "--sigmas", 80]
+    done = program("cm-eval", run, *words, "--out", run / "usual")
+    assert done.code == 2
+    assert "CM_INCEPTION_WEIGHTS" in done.err
+
+
 def test_a_killed_evaluation_continues(run, program, monkeypatch):
     words = ["cm-eval", run, "--n", 66, "--seeds", 0, 1, "--sigmas", 80, "--out"]
     assert program(*words, run / "whole").code == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import yaml
 
@@ -25,8 +27,6 @@ def package(tmp_path, monkeypatch):
     (folder / "stranger" / "__init__.py").write_text(code)
     monkeypatch.syspath_prepend(folder)
     yield tmp_path / "canary"
-    import sys
-
     sys.modules.pop("stranger", None)
 
 
@@ -78,6 +78,19 @@ def test_a_package_is_allowed_by_name(fit, tmp_path, package):
     assert package.exists()
     refused = fit(tmp_path / "two", "--allow_modules", "/tmp/x.py")
     assert "names of packages separated by commas, got '/tmp/x.py'" in refused.err
+
+
+def test_a_module_of_the_current_folder_is_found(fit, tmp_path, monkeypatch):
+    (tmp_path / "neighbour.py").write_text(
+        "from cm_lightning.objective import L2\nclass Own(L2):\n    pass\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    words = ["--model.distance", "neighbour.Own", "--model.total_kimg", 0.064, "--fid.n", 2]
+    done = fit(tmp_path / "run", *words, "--allow_modules", "neighbour")
+    assert done.code == 0, done.err
+    assert sys.path[-1] == str(tmp_path)
+    sys.modules.pop("neighbour")
 
 
 OWN = """
