@@ -8,22 +8,9 @@ diagnostic with a panel for each range of noise levels, and under their own name
 
 from __future__ import annotations
 
-__all__ = ["BY_LEVEL", "panel"]
+from cm_lightning.families import FAMILIES
 
-BY_LEVEL = {
-    "loss_by_sigma": "loss",
-    "distance_by_sigma": "distance",
-    "target_variance": "target_variance",
-    "sample_variance": "sample_variance",
-    "discrepancy": "discrepancy",
-    "ess": "ess",
-    "largest_weight": "largest_weight",
-    "skipped": "skipped",
-    "transport_cost": "transport_cost",
-    "independent_cost": "independent_cost",
-    "generated": "generated",
-}
-"""Families with one value per noise-level bin, and the name of their section."""
+__all__ = ["panel"]
 
 SECTIONS = {
     "loss": "training",
@@ -45,8 +32,8 @@ def panel(key: str) -> str:
         key: Its name in ``metrics.csv``.
     """
     first, _, rest = key.partition("/")
-    if first in BY_LEVEL:
-        return f"by_level_{BY_LEVEL[first]}/{rest}"
+    if first in FAMILIES:
+        return f"by_level_{first.removesuffix('_by_sigma')}/{rest}"
     if first in SECTIONS:
         name = key if first in ("loss", "gradient", "loss_histogram", "distance") else rest
         return f"{SECTIONS[first]}/{name.replace('/', '_')}"

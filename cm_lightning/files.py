@@ -85,6 +85,17 @@ def save_tensors(
         partial.chmod(mode)
 
 
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def offline() -> bool:
+    """Whether the environment variable ``CM_OFFLINE`` forbids downloads."""
+    return os.environ.get("CM_OFFLINE", "0") not in ("", "0")
+
+
 def hash_tensors(tensors: Mapping[str, Tensor], head: str = "") -> str:
     """SHA-256 of named tensors: names, types, shapes and every byte, whatever file they lie in.
 
@@ -156,7 +167,7 @@ def find_weights(network: str, given: str | None, variable: str, url: str) -> Pa
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
     if path.is_file():
         return path
-    if os.environ.get("CM_OFFLINE", "0") not in ("", "0"):
+    if offline():
         reason = "may not be downloaded, as CM_OFFLINE is set"
     else:
         try:

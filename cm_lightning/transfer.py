@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["constant", "full_fp32", "keep_fp32", "send"]
+__all__ = ["constant", "full_fp32", "keep_fp32", "may_pick", "send"]
 
 
 @cache
@@ -36,6 +36,11 @@ def send(values: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
+
+
+def may_pick(device: torch.device) -> bool:
+    """Whether rows may be chosen by their values: a GPU would have to be waited for."""
+    return device.type == "cpu"
 
 
 def keep_fp32() -> None:

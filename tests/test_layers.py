@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cm_lightning"
 LAYERS = [
-    ["transfer", "types", "version"],
+    ["families", "transfer", "types", "version"],
     ["archives", "dashboard", "documents", "dropout", "ema", "files", "sigmas"],
     ["objective", "networks", "sampling", "optim"],
     ["weights", "evaluation", "data", "loggers"],

@@ -30,7 +30,6 @@ class KimgProgress(ProgressBar):
         self._enabled = True
         self._bar: Any = None
         self._printed = 0.0
-        self._read = 0.0
         self._started = 0.0
         self._first = 0
 

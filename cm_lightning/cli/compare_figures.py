@@ -12,6 +12,7 @@ import numpy as np
 from cm_lightning.cli.compare_runs import Entry, curves, grids, nfe_of
 from cm_lightning.cli.compare_texts import BY_LEVEL, OVER_TRAINING
 from cm_lightning.cli.study_report import calls, interval, label, main_results
+from cm_lightning.evaluation.figures import shade
 from cm_lightning.types import InputError
 
 if TYPE_CHECKING:
@@ -274,12 +275,10 @@ def course(entries: Sequence[Entry], name: str) -> list[Panel]:
     end = max((x for _, lines in chosen for points in lines.values() for x, _ in points), default=1)
     panels = []
     for entry, lines in chosen:
-        from matplotlib import colormaps
-
         figure, axis = _axes()
         for number, (bin, points) in enumerate(lines.items()):
-            shade = colormaps["viridis"](number / max(len(lines) - 1, 1) * 0.9)
-            axis.plot(*zip(*points, strict=True), color=shade, label=f"t {_words(bin)}")
+            own = shade(number, len(lines))
+            axis.plot(*zip(*points, strict=True), color=own, label=f"t {_words(bin)}")
         axis.set_xlim(0, end)
         family = BY_LEVEL[name]
         _finish(figure, axis, "thousands of images (kimg)", family.axis, family.scale, values)

@@ -1,95 +1,14 @@
-"""What the figures of ``cm-compare`` are called and how to read them."""
+"""What the figures of ``cm-compare`` over training are called and how to read them."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from cm_lightning.families import FAMILIES
 
-__all__ = ["BY_LEVEL", "OVER_TRAINING", "Family"]
+__all__ = ["BY_LEVEL", "OVER_TRAINING"]
 
-
-class Family(NamedTuple):
-    """Metrics with one value per noise-level bin.
-
-    Attributes:
-        title: What it is.
-        axis: The same with its unit, for the vertical axis.
-        scale: ``"log"`` or ``"linear"``.
-        caption: How to read it.
-        beside: A family drawn dotted for comparison, and its name in the legend.
-    """
-
-    title: str
-    axis: str
-    scale: str
-    caption: str
-    beside: tuple[str, str] | None = None
-
-
-BY_LEVEL = {
-    "loss_by_sigma": Family(
-        "Loss",
-        "weighted loss per image",
-        "log",
-        "Where the training signal comes from. Regimes measure and weight differently: compare the "
-        "shapes of the lines, and their heights only between runs with the same loss.",
-    ),
-    "distance_by_sigma": Family(
-        "Distance of the pair",
-        "unweighted distance per image",
-        "log",
-        "How much the outputs at the two neighbouring noise levels of a pair still differ. Heights "
-        "compare only between runs with the same distance and spacing of levels.",
-    ),
-    "target_variance": Family(
-        "Variance of the target",
-        "mean squared error per pixel",
-        "linear",
-        "Error of the estimate of the clean image that the target is built on (solid), against "
-        "the exact mean over the training set; dotted: taking the single training image, as CT, "
-        "iCT, ECT and GC do. The further below the dotted line, the less noise in the gradients.",
-        ("sample_variance", "single image"),
-    ),
-    "ess": Family(
-        "Effective sample size",
-        "number of images",
-        "log",
-        "How many training images share in the target of SCT. At 1 it is the single image of ECT.",
-    ),
-    "largest_weight": Family(
-        "Largest weight",
-        "weight, 0 to 1",
-        "linear",
-        "Weight of the most important image in the target of SCT. At 1 that image is alone.",
-    ),
-    "skipped": Family(
-        "Rows left as they are",
-        "share, 0 to 1",
-        "linear",
-        "Share of training images so far from all others at this noise level that SCT keeps the "
-        "image itself as the target.",
-    ),
-    "discrepancy": Family(
-        "Shift of the target",
-        "|mean - image|² / (pixels · t²)",
-        "log",
-        "How far the target of SCT moved away from the single image, in units of the noise.",
-    ),
-    "transport_cost": Family(
-        "Transport cost",
-        "|image - noise|² per pixel",
-        "linear",
-        "Squared distance between an image and the noise it is paired with (solid), and of the "
-        "same rows paired at random (dotted). Lower means shorter paths from noise to image.",
-        ("independent_cost", "paired at random"),
-    ),
-    "generated": Family(
-        "Rows made by the model",
-        "share, 0 to 1",
-        "linear",
-        "Share of rows whose image is the model's own prediction (GC).",
-    ),
-}
-"""Families in the order of the page."""
+_BESIDE = {family.beside[0] for family in FAMILIES.values() if family.beside is not None}
+BY_LEVEL = {name: family for name, family in FAMILIES.items() if name not in _BESIDE}
+"""Families with a figure of their own."""
 
 OVER_TRAINING = {
     "teacher/ode_distance": (
@@ -107,7 +26,7 @@ OVER_TRAINING = {
     "speed/images_per_second": (
         "Speed",
         "images per second",
-        "Training speed of each window, evaluations inside it included.",
+        "Training speed of each window, evaluations and checkpoints left out.",
     ),
 }
 """Metrics drawn over training: title, label of the axis, caption."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from cm_lightning.data import (
 )
 from cm_lightning.documents import build, check_form, read_mapping
 from cm_lightning.evaluation import FeatureExtractor, image_grid, reference_statistics, save_png
-from cm_lightning.files import replacing
+from cm_lightning.files import offline, replacing
 from cm_lightning.types import InputError
 from cm_lightning.weights import check_class_paths
 
@@ -240,7 +239,7 @@ def overlaid(config: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
 
 def prefetch(options: argparse.Namespace) -> None:
     """Download, or find, everything that configs need from the network, and say where it is."""
-    if os.environ.get("CM_OFFLINE", "0") not in ("", "0"):
+    if offline():
         raise InputError("CM_OFFLINE is set, so nothing may be downloaded: unset it to prefetch.")
     content: dict[str, Any] = {}
     for name in options.config:

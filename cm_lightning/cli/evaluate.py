@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from cm_lightning.cli.drawing import add_guidance, guided, phased_sampler
 from cm_lightning.cli.errors import CommandParser, finite, readable_errors, whole
 from cm_lightning.cli.evaluate_results import COLUMNS, Book, Cell, describe, mid_figure, slug
 from cm_lightning.cli.evaluate_samples import (
@@ -31,13 +32,11 @@ from cm_lightning.sampling import (
     GuidedDenoiser,
     HeunSampler,
     MultistepSampler,
-    PhasedSampler,
     Sampler,
     check_phases,
 )
-from cm_lightning.sigmas import phase_edges
 from cm_lightning.transfer import keep_fp32
-from cm_lightning.types import Denoiser, InputError
+from cm_lightning.types import InputError
 from cm_lightning.weights import check_class_paths, load_weights
 
 __all__ = ["main"]
@@ -109,9 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="STEPS",
         help="first-order sampler, STEPS calls",
     )
-    add("--guidance", type=finite, nargs="+", default=[1.0], metavar="W", help="scales [1]")
-    add("--worse_ema", metavar="NAME", help="guide by this profile or snapshot, as ema_0.9999@0.5")
-    add("--worse", metavar="RUN", help="guide by another run; without either by missing labels")
+    add_guidance(parser, "several are scored each")
     add(
         "--accept_reference",
         action="store_true",
@@ -144,15 +141,12 @@ def choose_samplers(
     found += [MultistepSampler((80.0, mid)) for mid in mid_levels(options.mid)]
     chosen: list[Sampler] = [*found]
     for phases in options.phases or []:
-        if len(phases) == 1 and phases[0] != int(phases[0]):
-            raise InputError(f"--phases {phases[0]:g} is no number of phases: give 1, 2, 3, ...")
-        edges = phase_edges(int(phases[0])) if len(phases) == 1 else tuple(phases)
-        chosen += [PhasedSampler(edges, eta) for eta in options.eta]
+        chosen += [phased_sampler(phases, eta) for eta in options.eta]
     if options.eta != [1.0] and not options.phases:
         raise InputError("--eta belongs to --phases.")
     chosen += [HeunSampler(steps) for steps in options.heun]
     chosen += [EulerSampler(steps) for steps in options.euler]
-    named = [(words(sampler), sampler) for sampler in chosen or configured]
+    named = [(sampler.words, sampler) for sampler in chosen or configured]
     if not named:
         raise InputError("Nothing says how to draw: give --sigmas, --phases, --heun or --euler.")
     if len({name for name, _ in named}) < len(named):
@@ -180,21 +174,6 @@ def mid_levels(given: Sequence[str] | None) -> list[float]:
     return [float(f"{low * math.exp(i * step):.4g}") for i in range(n)]
 
 
-def words(sampler: Sampler) -> str:
-    """A sampler in words, as its row in tables."""
-    if isinstance(sampler, MultistepSampler):
-        return "sigmas " + " ".join(f"{sigma:g}" for sigma in sampler.sigmas)
-    if isinstance(sampler, PhasedSampler):
-        eta = "" if sampler.eta == 1 else f", eta {sampler.eta:g}"
-        return "phases " + " ".join(f"{edge:.4g}" for edge in sampler.edges) + eta
-    assert isinstance(sampler, (HeunSampler, EulerSampler))
-    kind = type(sampler)
-    levels = (sampler.sigma_min, sampler.sigma_max)
-    usual = (kind.sigma_min, kind.sigma_max)
-    ends = "" if levels == usual else f" from {levels[1]:g} to {levels[0]:g}"
-    return f"{'heun' if kind is HeunSampler else 'euler'}, {sampler.nfe} calls{ends}"
-
-
 def run(options: argparse.Namespace) -> None:
     """Check everything, then score cell after cell and write after each."""
     source = Path(options.source)
@@ -205,8 +184,6 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"--seeds must be 0 or more, each once, got {options.seeds}.")
     if options.mid and "fd" not in options.scores:
         raise InputError("--mid draws Frechet distances: add fd to --scores.")
-    if options.guidance == [1.0] and (options.worse or options.worse_ema):
-        raise InputError("--worse and --worse_ema belong to --guidance.")
     config, where = read_config(source, options.config)
     if options.features is not None:
         check_class_paths({"class_path": options.features}, "--features")
@@ -220,11 +197,7 @@ def run(options: argparse.Namespace) -> None:
     loaded = [load_weights(source, name) for name in options.ema or [None]]
     check_phases(loaded[0].info.get("phases"), [sampler for _, sampler in named], COMMAND)
     models = {str(found.info["ema"]): found for found in loaded}
-    guided = {
-        (name, scale): guide(found.denoiser, scale, options)
-        for name, found in models.items()
-        for scale in options.guidance
-    }
+    drawn = guided({name: found.denoiser for name, found in models.items()}, options)
     against.extractor.load()
     try:
         fabric = L.Fabric(accelerator=options.accelerator, devices=options.devices)
@@ -250,14 +223,14 @@ def run(options: argparse.Namespace) -> None:
         "reference": reference_name(against.reference),
         "data_fingerprint": None if against.data is None else against.data.fingerprint,
     }
-    guides = {key: (worse_hash(model), guiding(model, options)) for key, model in guided.items()}
+    guides = {key: (worse_hash(model), guiding(model, options)) for key, model in drawn.items()}
     cells = [
         (Cell(*key, *guides[key], sampling, sampler, seed), model)
-        for key, model in guided.items()
+        for key, model in drawn.items()
         for sampling, sampler in named
         for seed in options.seeds
     ]
-    book = Book(out, identity, fabric.is_global_zero)
+    book = Book(out, identity)
     for number, (cell, model) in enumerate(cells, 1):
         wanted = options.npz and cell.seed == options.seeds[0]
         if book.missing(cell, options.scores) or (wanted and not samples_of(cell, out).is_file()):
@@ -287,18 +260,6 @@ def run(options: argparse.Namespace) -> None:
         if options.mid:
             mid_figure(book, out / "mid.png")
         print(f"\n{book.table()}\nWritten to {out / 'eval.md'} and {out / 'eval.json'}.")
-
-
-def guide(denoiser: Denoiser, scale: float, options: argparse.Namespace) -> GuidedDenoiser:
-    """The model under a guidance scale.
-
-    Raises:
-        InputError: If the guiding model is missing or unfit.
-    """
-    worse = None
-    if scale != 1 and (options.worse or options.worse_ema):
-        worse = load_weights(options.worse or options.source, options.worse_ema).denoiser
-    return GuidedDenoiser(denoiser, worse, scale)
 
 
 def guiding(model: GuidedDenoiser, options: argparse.Namespace) -> str | None:

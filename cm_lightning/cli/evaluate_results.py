@@ -104,14 +104,13 @@ class Book:
     Args:
         out: Folder of the results.
         identity: What must be equal for results to stand together.
-        writes: Whether this process writes.
 
     Raises:
         InputError: If the folder holds results of something else.
     """
 
-    def __init__(self, out: Path, identity: dict[str, Any], writes: bool) -> None:
-        self.path, self.identity, self.writes = out / "eval.json", identity, writes
+    def __init__(self, out: Path, identity: dict[str, Any]) -> None:
+        self.path, self.identity = out / "eval.json", identity
         self.results: list[dict[str, Any]] = []
         if not self.path.is_file():
             return

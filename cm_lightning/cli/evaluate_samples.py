@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from cm_lightning.cli.drawing import image_shape
 from cm_lightning.cli.evaluate_results import Cell, describe
 from cm_lightning.data import ImageDataModule
 from cm_lightning.documents import build, read_mapping
@@ -182,8 +183,6 @@ def draw(
     world = fabric.world_size
     share = -(-options.n // world)
     index = [(fabric.global_rank + world * i) % options.n for i in range(share)]
-    if model.image_shape is None:
-        raise InputError("The network does not say which image shape it makes.")
     model.to(fabric.device)
     keep = options.npz and cell.seed == options.seeds[0]
     parts: list[tuple[Tensor, ...]] = []
@@ -195,7 +194,7 @@ def draw(
             index,
             eval_labels(against, model, index),
             seed=cell.seed,
-            shape=model.image_shape,
+            shape=image_shape(model),
             batch=options.batch,
             device=fabric.device,
         ):

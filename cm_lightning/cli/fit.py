@@ -283,10 +283,8 @@ def quiet() -> None:
     for pattern in (
         ".*does not have many workers.*",
         ".*`IterableDataset` has `__len__` defined.*",
-        ".*No negative numbers.*",
         ".*does not support `log_every_n_steps`.*",
         ".*LeafSpec.*",
-        ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*no `val_dataloader`.*",
         ".*defined a `validation_step`.*",
         ".*Checkpoint directory.*exists and is not empty.*",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from cm_lightning.cli.drawing import add_guidance, guided, image_shape, phased_sampler
 from cm_lightning.cli.errors import CommandParser, finite, readable_errors, whole
 from cm_lightning.evaluation import (
     count_nonfinite,
@@ -20,17 +21,14 @@ from cm_lightning.evaluation import (
 from cm_lightning.files import hash_tensors, write_json
 from cm_lightning.sampling import (
     EulerSampler,
-    GuidedDenoiser,
     HeunSampler,
     MultistepSampler,
-    PhasedSampler,
     Sampler,
     check_phases,
     draw_images,
 )
-from cm_lightning.sigmas import phase_edges
 from cm_lightning.transfer import keep_fp32
-from cm_lightning.types import Denoiser, InputError
+from cm_lightning.types import InputError
 from cm_lightning.version import __version__
 from cm_lightning.weights import load_weights
 
@@ -87,15 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--labels", type=whole(), nargs="+", help="classes, repeated as needed [0 1 2 ...]")
     add("--ema", help="EMA profile of a run, or live [the run's first profile]")
-    add(
-        "--guidance",
-        type=finite,
-        nargs="+",
-        metavar="W",
-        help="guidance scales, 1 for none; several write a folder each. Two network calls a step",
-    )
-    add("--worse_ema", metavar="NAME", help="guide by this profile or snapshot, as ema_0.9999@0.5")
-    add("--worse", metavar="RUN", help="guide by another run; without either by missing labels")
+    add_guidance(parser, "several write a folder each")
     add("--grid", action="store_true", help="write one picture, grid.png")
     add(
         "--npz",
@@ -137,11 +127,7 @@ def choose_sampler(
         return EulerSampler(euler)
     if phases is None:
         return MultistepSampler(tuple(sigmas or (80.0,)))
-    if len(phases) > 1:
-        return PhasedSampler(tuple(phases), eta)
-    if phases[0] != int(phases[0]):
-        raise InputError(f"--phases {phases[0]:g} is no number of phases: give 1, 2, 3, ...")
-    return PhasedSampler(phase_edges(int(phases[0])), eta)
+    return phased_sampler(phases, eta)
 
 
 def choose_labels(given: list[int] | None, classes: int, n: int) -> torch.Tensor | None:
@@ -174,17 +160,6 @@ def check_out(out: Path, names: list[str]) -> None:
             raise InputError(f"{out / name} exists already: choose another --out.")
 
 
-def image_shape(denoiser: Denoiser) -> tuple[int, int, int]:
-    """Shape of the model's images.
-
-    Raises:
-        InputError: If the model does not say.
-    """
-    if denoiser.image_shape is None:
-        raise InputError("The network does not say which image shape it makes.")
-    return denoiser.image_shape
-
-
 def choose_device(name: str | None) -> torch.device:
     """The device to run on.
 
@@ -197,26 +172,6 @@ def choose_device(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} cannot be used on this machine.") from error
-
-
-def guided(denoiser: Denoiser, options: argparse.Namespace) -> dict[str, GuidedDenoiser]:
-    """The model under every guidance scale, by the folder its images go to.
-
-    Raises:
-        InputError: If a scale is out of range or the guiding model is missing or unfit.
-    """
-    scales = options.guidance or [1.0]
-    if not options.guidance and (options.worse or options.worse_ema):
-        raise InputError("--worse and --worse_ema belong to --guidance.")
-    if len(set(scales)) < len(scales):
-        raise InputError(f"--guidance names a scale twice: {' '.join(f'{w:g}' for w in scales)}.")
-    worse = None
-    if options.worse or options.worse_ema:
-        worse = load_weights(options.worse or options.source, options.worse_ema).denoiser
-    return {
-        f"guidance{scale:g}" if len(scales) > 1 else "": GuidedDenoiser(denoiser, worse, scale)
-        for scale in scales
-    }
 
 
 def run(options: argparse.Namespace) -> None:
@@ -233,7 +188,10 @@ def run(options: argparse.Namespace) -> None:
     sampler = choose_sampler(options.sigmas, options.heun, options.euler, phases, options.eta)
     check_phases(info.get("phases"), [sampler], COMMAND)
     labels = choose_labels(options.labels, denoiser.num_classes, options.n)
-    models = guided(denoiser, options)
+    models = {
+        f"guidance{scale:g}" if len(options.guidance or []) > 1 else "": model
+        for (_, scale), model in guided({"": denoiser}, options).items()
+    }
     single = [f"{i:06d}.png" for i in range(options.n)]
     pictures = [] if options.grid or options.npz else single
     grid = ["grid.png"] if options.grid else []

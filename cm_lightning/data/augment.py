@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cm_lightning.transfer import constant
+from cm_lightning.transfer import constant, may_pick
 from cm_lightning.types import InputError
 
 __all__ = ["EDMAugment"]
@@ -142,18 +142,13 @@ def _translation(shift: Tensor) -> Tensor:
 
 def _warp_changed(images: Tensor, inverse: Tensor, changed: Tensor) -> Tensor:
     """Resample the rows of images that are ``changed``, ``(B,)`` bool."""
-    if not _picks_rows(images.device):
+    if not may_pick(images.device):
         return torch.where(changed[:, None, None, None], _warp(images, inverse), images)
     rows = changed.nonzero()[:, 0]
     if len(rows):
         images = images.clone()
         images[rows] = _warp(images[rows], inverse[rows])
     return images
-
-
-def _picks_rows(device: torch.device) -> bool:
-    """Whether to save work on rows that stay; on a GPU, to know them is to wait for it."""
-    return device.type == "cpu"
 
 
 def _warp(images: Tensor, inverse: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -191,10 +192,10 @@ def convert(
     out = Path(out)
     if out.exists():
         raise InputError(f"{out} exists already: choose another --out, or delete it.")
-    first = next(_first_good(files))
+    number, first = _first_good(files)
     channels = transform.channels or first.shape[2]
     asked, transform = transform, transform._replace(channels=channels)
-    shape = (channels, *transform(first, files.names[0]).shape[1:])
+    shape = (channels, *transform(first, files.names[number]).shape[1:])
     job = _Job(out, files, transform, shape)
     try:
         _fill(job, files, asked if channels == 1 else transform, shape, workers, say)
@@ -218,10 +219,11 @@ def convert(
         raise InputError(f"{out} cannot be written: {error.strerror or error}.") from error
 
 
-def _first_good(files: ImageFiles) -> Iterator[npt.NDArray[np.uint8]]:
+def _first_good(files: ImageFiles) -> tuple[int, npt.NDArray[np.uint8]]:
+    """Number and pixels of the first image that can be read."""
     for number in range(len(files)):
         try:
-            yield files.load(number)
+            return number, files.load(number)
         except Exception:  # noqa: S112  (named when its turn comes)
             continue
     raise InputError("None of the images can be read.")
@@ -250,10 +252,9 @@ def _fill(
             return
         with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (files,)) as pool:
             ahead = 2 * workers
-            waiting = [pool.submit(_work, rows, transform, shape) for rows in todo[:ahead]]
+            waiting = deque(pool.submit(_work, rows, transform, shape) for rows in todo[:ahead])
             for number, rows in enumerate(todo):
-                job.add(rows, waiting[number].result())
-                waiting[number] = waiting[0]  # frees the images
+                job.add(rows, waiting.popleft().result())
                 if number + ahead < len(todo):
                     waiting.append(pool.submit(_work, todo[number + ahead], transform, shape))
                 bar.update(len(rows))

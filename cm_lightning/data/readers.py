@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ import numpy.typing as npt
 
 from cm_lightning.archives import read_gzip
 from cm_lightning.data.store import ImageStore, Resize, store_path
-from cm_lightning.types import InputError
+from cm_lightning.files import hash_file, offline
+from cm_lightning.types import InputError, check_word
 
 __all__ = ["IDX", "Digits", "Source", "Store", "read_idx"]
 
@@ -138,8 +138,7 @@ class IDX(Source):
     download: bool = False
 
     def __post_init__(self) -> None:
-        if self.split not in ("train", "test"):
-            raise InputError(f"data.source.split must be train or test, got {self.split}.")
+        check_word("data.source.split", self.split, ("train", "test"))
 
     @property
     def name(self) -> str:
@@ -149,7 +148,7 @@ class IDX(Source):
     def identity(self) -> dict[str, Any]:
         """Format, split and SHA-256 of both files."""
         images, labels = self._files()
-        files = {path.name: _sha256(path) for path in (images, labels) if path is not None}
+        files = {path.name: hash_file(path) for path in (images, labels) if path is not None}
         return {"source": "idx", "split": self.split, "files": files}
 
     def read(self) -> tuple[Images, Labels | None]:
@@ -246,12 +245,10 @@ def _find(root: Path, name: str) -> Path | None:
 
 
 def _download_fashion_mnist(root: Path, wanted: str) -> Path:
-    import os
-
     folder = root / "FashionMNIST" / "raw"
     if _find(folder, wanted) is not None:
         return folder
-    if os.environ.get("CM_OFFLINE", "0") not in ("", "0"):
+    if offline():
         raise InputError(f"Fashion-MNIST is not in {root}, and CM_OFFLINE forbids downloading it.")
     from torchvision.datasets import FashionMNIST
 
@@ -261,8 +258,3 @@ def _download_fashion_mnist(root: Path, wanted: str) -> Path:
         reason = " ".join(str(error).split()).rstrip(".")
         raise InputError(f"Fashion-MNIST could not be downloaded to {root}: {reason}.") from error
     return folder
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

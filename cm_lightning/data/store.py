@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cm_lightning.documents import check_form, read_mapping
-from cm_lightning.types import InputError
+from cm_lightning.types import InputError, check_word
 from cm_lightning.version import __version__
 
 __all__ = ["ImageStore", "Resize", "default_cache", "store_path", "to_float", "write_store"]
@@ -71,8 +71,7 @@ class Resize:
     def __post_init__(self) -> None:
         if self.resolution is not None and self.resolution < 1:
             raise InputError(f"data.resolution must be positive or null, got {self.resolution}.")
-        if self.mode not in ("pad", "resize"):
-            raise InputError(f"data.resize must be pad or resize, got {self.mode}.")
+        check_word("data.resize", self.mode, ("pad", "resize"))
         if not 0 <= self.fill <= 255:
             raise InputError(f"The fill of Resize must lie in 0 to 255, got {self.fill}.")
 

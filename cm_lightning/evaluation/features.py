@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from cm_lightning.files import find_weights, hash_tensors, read_weights
 from cm_lightning.transfer import full_fp32
-from cm_lightning.types import InputError
+from cm_lightning.types import InputError, check_word
 
 __all__ = ["DINOv2", "FeatureExtractor", "Inception", "Timm"]
 
@@ -201,8 +201,7 @@ class DINOv2(FeatureExtractor):
         size: Literal["small", "base", "large"] = "large",
     ) -> None:
         super().__init__()
-        if size not in _DINOV2:
-            raise InputError(f"DINOv2's size must be one of {', '.join(_DINOV2)}, got {size!r}.")
+        check_word("DINOv2's size", size, _DINOV2)
         self.weights = weights
         self.size = size
 

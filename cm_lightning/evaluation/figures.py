@@ -10,28 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cm_lightning.families import FAMILIES
 from cm_lightning.objective import Discretization
 from cm_lightning.types import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PANELS", "diagnostics_figure", "read_metrics", "save_figure", "schedules_figure"]
-
-PANELS = {
-    "loss_by_sigma": ("loss", "log"),
-    "distance_by_sigma": ("distance of the pair", "log"),
-    "target_variance": ("variance of the target, per pixel", "log"),
-    "sample_variance": ("the same of one sample (CT, ECT)", "log"),
-    "discrepancy": ("R = |mean - x0|² / (D t²)", "log"),
-    "ess": ("effective sample size of the references", "log"),
-    "largest_weight": ("largest weight of a reference", "linear"),
-    "skipped": ("share of rows the skip rule keeps", "linear"),
-    "transport_cost": ("transport cost |x0 - z|² / D", "linear"),
-    "independent_cost": ("the same of independent pairs", "linear"),
-    "generated": ("share of rows the model made", "linear"),
-}
-"""Families of metrics with one value per noise-level bin: title and scale of the axis."""
+__all__ = ["diagnostics_figure", "read_metrics", "save_figure", "schedules_figure", "shade"]
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -61,7 +47,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def diagnostics_figure(rows: list[dict[str, float]], title: str = "") -> Figure | None:
-    """One panel per family of :data:`PANELS` that was logged, one line per noise-level bin.
+    """One panel per family that was logged, one line per noise-level bin.
 
     Args:
         rows: Rows of ``metrics.csv``.
@@ -72,7 +58,7 @@ def diagnostics_figure(rows: list[dict[str, float]], title: str = "") -> Figure 
     """
     families = {
         name: list(dict.fromkeys(key for row in rows for key in row if key.startswith(f"{name}/")))
-        for name in PANELS
+        for name in FAMILIES
     }
     families = {name: keys for name, keys in families.items() if keys}
     if not families:
@@ -84,12 +70,12 @@ def diagnostics_figure(rows: list[dict[str, float]], title: str = "") -> Figure 
         for number, key in enumerate(keys):
             points = [(row["kimg"], row[key]) for row in rows if key in row]
             label = key.partition("/")[2].replace("_", " ")
-            axis.plot(*zip(*points, strict=True), color=_colour(number, len(keys)), label=label)
-        text, scale = PANELS[name]
-        axis.set_title(text, fontsize=9)
+            axis.plot(*zip(*points, strict=True), color=shade(number, len(keys)), label=label)
+        family = FAMILIES[name]
+        axis.set_title(family.title, fontsize=9)
         axis.set_xlabel("kimg")
         values = [row[key] for row in rows for key in keys if key in row]
-        if scale == "log" and all(value >= 0 for value in values) and any(values):
+        if family.scale == "log" and all(value >= 0 for value in values) and any(values):
             axis.set_yscale("log", nonpositive="clip")
         axis.grid(alpha=0.3)
     for axis in axes[len(families) :]:
@@ -136,7 +122,7 @@ def schedules_figure(
             t, r = law.sample(n, nimg, device, torch.Generator().manual_seed(0))
             order = t.argsort()
             gap = (1 - r / t)[order]
-            axis.plot(t[order], gap, color=_colour(number, 5), label=f"{nimg / 1000:.4g} kimg")
+            axis.plot(t[order], gap, color=shade(number, 5), label=f"{nimg / 1000:.4g} kimg")
         axis.set_title(f"(t − r) / t over t: {name}", fontsize=9)
         axis.set_xlabel("t")
         axis.set_xscale("log")
@@ -165,7 +151,8 @@ def _figure(lines: int, columns: int) -> tuple[Figure, list[Any]]:
     return figure, list(figure.subplots(lines, columns, squeeze=False).flat)
 
 
-def _colour(number: int, count: int) -> Any:
+def shade(number: int, count: int) -> Any:
+    """Colour of a line by its place among ordered ones."""
     from matplotlib import colormaps
 
     return colormaps["viridis"](number / max(count - 1, 1) * 0.9)

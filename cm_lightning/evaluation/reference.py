@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from torch import Tensor, distributed
 
 from cm_lightning.archives import read_npz
 from cm_lightning.evaluation.features import FeatureExtractor
-from cm_lightning.files import read_pickled_arrays, replacing
+from cm_lightning.files import hash_file, read_pickled_arrays, replacing
 from cm_lightning.types import InputError
 
 __all__ = ["Statistics", "load_statistics", "reference_name", "reference_statistics"]
@@ -106,8 +105,7 @@ def reference_name(reference: str) -> str:
     path = Path(reference).expanduser()
     if reference == "auto" or not path.is_file():
         return reference
-    with path.open("rb") as file:
-        return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    return f"{path.name} {hash_file(path)[:16]}"
 
 
 def load_statistics(

@@ -14,7 +14,7 @@ from cm_lightning.dropout import Dropout, LabelDropout
 from cm_lightning.networks.layers import Recomputable, split_heads
 from cm_lightning.networks.preconditioning import EDMPrecond
 from cm_lightning.networks.songunet import check_counts, check_images, check_sizes
-from cm_lightning.types import InputError
+from cm_lightning.types import check_word
 
 __all__ = ["EDM2Precond", "EDM2UNet", "normalize_weights", "preserves_magnitude"]
 
@@ -218,8 +218,7 @@ class EDM2UNet(nn.Module):
             },
             {"label_dim": label_dim},
         )
-        if attention not in ("sdpa", "math"):
-            raise InputError(f"attention must be 'sdpa' or 'math', got {attention!r}.")
+        check_word("attention", attention, ("sdpa", "math"))
         self.img_resolution, self.in_channels = img_resolution, in_channels
         self.out_channels, self.label_dim = out_channels, label_dim
         self.label_dropout = label_dropout

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from cm_lightning.dropout import Dropout
-from cm_lightning.types import InputError
+from cm_lightning.types import InputError, check_word
 
 __all__ = [
     "Conv",
@@ -234,8 +234,7 @@ class UNetBlock(Recomputable):
         attention: Literal["sdpa", "math"] = "sdpa",
     ) -> None:
         super().__init__()
-        if attention not in ("sdpa", "math"):
-            raise InputError(f"attention must be 'sdpa' or 'math', got {attention!r}.")
+        check_word("attention", attention, ("sdpa", "math"))
         self.in_channels, self.out_channels, self.heads = in_channels, out_channels, heads
         self.dropout = Dropout(dropout)
         self.skip_scale, self.adaptive_scale = skip_scale, adaptive_scale

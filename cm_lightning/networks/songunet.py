@@ -20,7 +20,7 @@ from cm_lightning.networks.layers import (
     PositionalEmbedding,
     UNetBlock,
 )
-from cm_lightning.types import InputError
+from cm_lightning.types import InputError, check_word
 
 __all__ = ["SongUNet"]
 
@@ -294,9 +294,7 @@ def _check_form(
         ("encoder_type", encoder_type, ("standard", "residual")),
         ("decoder_type", decoder_type, ("standard",)),
     ):
-        if value not in choices:
-            allowed = " or ".join(map(repr, choices))
-            raise InputError(f"SongUNet: {name} must be {allowed}, got {value!r}.")
+        check_word(f"SongUNet: {name}", value, choices)
     if not resample_filter or len(resample_filter) % 2 or not sum(resample_filter) > 0:
         raise InputError(
             "SongUNet: resample_filter must hold an even number of taps with a positive sum, such "

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cm_lightning.transfer import full_fp32
+from cm_lightning.transfer import full_fp32, may_pick
 from cm_lightning.types import Batch, ClassLayout, Denoiser, InputError, References, expand
 
 __all__ = [
@@ -247,11 +247,6 @@ class ReferenceMean(PosteriorMean):
             sums = ReferenceSums(top, weights.sum(1), weights.square().sum(1), weights @ y)
             total = sums if total is None else merge_sums(total, sums)
         return no_sums(x_t) if total is None else total
-
-
-def may_pick(device: torch.device) -> bool:
-    """Whether rows may be chosen by their values: a GPU would have to be waited for."""
-    return device.type == "cpu"
 
 
 def no_sums(x_t: Tensor) -> ReferenceSums:

@@ -78,8 +78,8 @@ def heun(
     x = noise.double() * grid[0]
     for here, there in pairwise(grid):
         d = slope(x, here)
-        euler = x + (there - here) * d
-        x = euler if there == 0 else x + (there - here) * (d + slope(euler, there)) / 2
+        first = x + (there - here) * d
+        x = first if there == 0 else x + (there - here) * (d + slope(first, there)) / 2
     return x.to(noise.dtype)
 
 

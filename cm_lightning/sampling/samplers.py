@@ -49,6 +49,11 @@ class Sampler(ABC):
         """Short name in logs and files, such as ``nfe2``."""
         return f"nfe{self.nfe}"
 
+    @property
+    def words(self) -> str:
+        """What it does, in the rows of tables."""
+        return str(self)
+
     @abstractmethod
     def __call__(self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None) -> Tensor:
         """Draw images from noise ``(noises, B, C, H, W)``; returns ``(B, C, H, W)``."""
@@ -86,13 +91,51 @@ class MultistepSampler(Sampler):
         """The largest level."""
         return self.sigmas[0]
 
+    @property
+    def words(self) -> str:
+        """Such as ``sigmas 80 0.821``."""
+        return "sigmas " + " ".join(f"{sigma:g}" for sigma in self.sigmas)
+
     def __call__(self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None) -> Tensor:
         """Draw images."""
         return multistep(denoiser, noise, self.sigmas, labels)
 
 
 @dataclass(frozen=True)
-class EulerSampler(Sampler):
+class _GridSampler(Sampler):
+    """A deterministic sampler of the probability-flow ODE on a Karras grid."""
+
+    steps: int = 18
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        self.grid()
+
+    def grid(self) -> Tensor:
+        """The levels."""
+        return karras_sigmas(self.steps, self.sigma_min, self.sigma_max)
+
+    @property
+    def noises(self) -> int:
+        """Only the initial noise."""
+        return 1
+
+    @property
+    def start(self) -> float:
+        """The largest level."""
+        return self.sigma_max
+
+    @property
+    def words(self) -> str:
+        """Such as ``heun, 35 calls``."""
+        usual = (self.sigma_min, self.sigma_max) == (_GridSampler.sigma_min, _GridSampler.sigma_max)
+        ends = "" if usual else f" from {self.sigma_max:g} to {self.sigma_min:g}"
+        return f"{type(self).__name__.removesuffix('Sampler').lower()}, {self.nfe} calls{ends}"
+
+
+@dataclass(frozen=True)
+class EulerSampler(_GridSampler):
     """First-order deterministic sampler, see :func:`~cm_lightning.sampling.euler`.
 
     Args:
@@ -104,41 +147,23 @@ class EulerSampler(Sampler):
         InputError: If an argument is outside its range.
     """
 
-    steps: int = 18
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-
-    def __post_init__(self) -> None:
-        karras_sigmas(self.steps, self.sigma_min, self.sigma_max)
-
     @property
     def nfe(self) -> int:
         """One per level."""
         return self.steps
 
     @property
-    def noises(self) -> int:
-        """Only the initial noise."""
-        return 1
-
-    @property
     def name(self) -> str:
         """Such as ``euler_nfe18``."""
         return f"euler_nfe{self.nfe}"
 
-    @property
-    def start(self) -> float:
-        """The largest level."""
-        return self.sigma_max
-
     def __call__(self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None) -> Tensor:
         """Draw images."""
-        sigmas = karras_sigmas(self.steps, self.sigma_min, self.sigma_max)
-        return euler(denoiser, noise[0], sigmas, labels)
+        return euler(denoiser, noise[0], self.grid(), labels)
 
 
 @dataclass(frozen=True)
-class HeunSampler(Sampler):
+class HeunSampler(_GridSampler):
     """EDM's deterministic sampler for diffusion models, see :func:`~cm_lightning.sampling.heun`.
 
     Args:
@@ -150,32 +175,14 @@ class HeunSampler(Sampler):
         InputError: If an argument is outside its range.
     """
 
-    steps: int = 18
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-
-    def __post_init__(self) -> None:
-        karras_sigmas(self.steps, self.sigma_min, self.sigma_max)
-
     @property
     def nfe(self) -> int:
         """Two calls per step but one in the last."""
         return 2 * self.steps - 1
 
-    @property
-    def noises(self) -> int:
-        """Only the initial noise."""
-        return 1
-
-    @property
-    def start(self) -> float:
-        """The largest level."""
-        return self.sigma_max
-
     def __call__(self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None) -> Tensor:
         """Draw images."""
-        sigmas = karras_sigmas(self.steps, self.sigma_min, self.sigma_max)
-        return heun(denoiser, noise[0], sigmas, labels)
+        return heun(denoiser, noise[0], self.grid(), labels)
 
 
 @dataclass(frozen=True)
@@ -211,6 +218,12 @@ class PhasedSampler(Sampler):
     def name(self) -> str:
         """Such as ``phased_nfe4`` or ``phased_nfe4_eta0.8``."""
         return f"phased_nfe{self.nfe}" + ("" if self.eta == 1 else f"_eta{self.eta:g}")
+
+    @property
+    def words(self) -> str:
+        """Such as ``phases 0 2.5 80, eta 0.8``."""
+        eta = "" if self.eta == 1 else f", eta {self.eta:g}"
+        return "phases " + " ".join(f"{edge:.4g}" for edge in self.edges) + eta
 
     @property
     def start(self) -> float:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
-from cm_lightning.files import hash_tensors
+from cm_lightning.files import hash_file, hash_tensors
 from cm_lightning.types import InputError
 from cm_lightning.weights.diffusers import is_diffusers, read_diffusers
 from cm_lightning.weights.edm_pickle import LICENCE, read_edm_pickle
@@ -67,11 +66,7 @@ def load_public(
     denoiser = build_denoiser(config, str(path))
     check_weights(denoiser.state_dict(), weights, str(path))
     denoiser.load_state_dict(weights)
-    if path.is_dir():
-        digest = hash_tensors(weights)
-    else:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hash_tensors(weights) if path.is_dir() else hash_file(path)
     info = {
         "regime": regime,
         "ema": "imported",

@@ -148,7 +148,7 @@ def test_all_rows_resampled_as_on_a_gpu_give_the_same_images(monkeypatch):
     u, w = torch.rand(32, 9, generator=generator), torch.randn(32, 4, generator=generator)
     images = torch.randn(32, 3, 8, 8, generator=generator)
     picked, labels = EDMAugment(0.3)(images, u, w)
-    monkeypatch.setattr(augment, "_picks_rows", lambda device: False)
+    monkeypatch.setattr(augment, "may_pick", lambda device: False)
     whole, same = EDMAugment(0.3)(images, u, w)
     torch.testing.assert_close(picked, whole, atol=1e-6, rtol=0)
     assert torch.equal(labels, same)

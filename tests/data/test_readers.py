@@ -170,5 +170,5 @@ def test_a_failed_download_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_an_unknown_split_is_refused():
-    with pytest.raises(InputError, match=r"data\.source\.split must be train or test, got val"):
+    with pytest.raises(InputError, match="must be one of train, test, got 'val'"):
         IDX("somewhere", split="val")

@@ -134,7 +134,11 @@ def test_images_that_do_not_fit(transform, words):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [((0,), "resolution"), ((8, "crop"), "pad or resize, got crop"), ((8, "pad", 256), "fill")],
+    [
+        ((0,), "resolution"),
+        ((8, "crop"), "got 'crop'"),
+        ((8, "pad", 256), "fill"),
+    ],
 )
 def test_transforms_that_do_not_exist(options, words):
     with pytest.raises(InputError, match=words):

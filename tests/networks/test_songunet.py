@@ -253,14 +253,14 @@ def test_a_public_state_dict_without_augmentation_layer_names_what_is_missing():
         ({"label_dim": -1}, "label_dim must be at least 0"),
         ({"augment_dim": -1}, "augment_dim must be at least 0"),
         ({"label_dropout": -0.1}, "label_dropout"),
-        ({"embedding_type": "sine"}, "embedding_type must be 'positional' or 'fourier'"),
-        ({"encoder_type": "skip"}, "encoder_type must be 'standard' or 'residual'"),
-        ({"decoder_type": "skip"}, "decoder_type must be 'standard'"),
+        ({"embedding_type": "sine"}, "embedding_type must be one of positional, fourier"),
+        ({"encoder_type": "skip"}, "encoder_type must be one of standard, residual"),
+        ({"decoder_type": "skip"}, "decoder_type must be one of standard"),
         ({"resample_filter": []}, "resample_filter"),
         ({"resample_filter": [1, 2, 1]}, "resample_filter"),
         ({"resample_filter": [1, -1]}, "resample_filter"),
         ({"fourier_scale": 0.0}, "fourier_scale"),
-        ({"attention": "flash"}, "attention must be 'sdpa' or 'math', got 'flash'"),
+        ({"attention": "flash"}, "attention must be one of sdpa, math, got 'flash'"),
     ],
 )
 def test_bad_sizes_are_refused(arguments, words):
