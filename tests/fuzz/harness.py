@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 20
+SECONDS = 60
 MEMORY = 500 << 20
 MACHINE = 6 << 30
 """Address space a command may take on top, so that a claim of terabytes fails at once."""
