@@ -51,6 +51,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is told without a name
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -76,12 +79,19 @@ def save_tensors(
         path: The file.
         metadata: Texts for its header.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with replacing(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode  # safetensors' own files are for their owner alone
-        save_file(tensors, partial, metadata)
+        try:
+            save_file(tensors, partial, metadata)
+        except SafetensorError as error:  # of a full disk, say
+            found = re.search(r"os error (\d+)", str(error))
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
         partial.chmod(mode)
 
 

@@ -24,10 +24,12 @@ from cm_lightning.callbacks import (
     SamplesCallback,
 )
 from cm_lightning.callbacks.step import StepCallback, step_of
+from cm_lightning.cli.errors import about_machine
 from cm_lightning.data import Digits, ImageDataModule, ReferenceSet, Source
 from cm_lightning.ema import ConstantEMA, PowerEMA
 from cm_lightning.evaluation import DigitsFeatures, read_metrics, reference_name, save_npz, to_uint8
 from cm_lightning.evaluation.frechet import frechet_distance
+from cm_lightning.files import replacing, save_tensors
 from cm_lightning.loggers import MetricsCSV
 from cm_lightning.networks import EDM2Precond, EDM2UNet, EDMPrecond, SongUNet
 from cm_lightning.objective import (
@@ -456,3 +458,20 @@ def test_the_speed_is_that_of_training(tmp_path):
     fit(module, *parts, root=tmp_path, logger=MetricsCSV(tmp_path))
     rows = read_metrics(tmp_path / "metrics.csv")
     assert min(row["speed/images_per_second"] for row in rows) > 64 / 0.6
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*_):
+        raise SafetensorError("Error: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        save_tensors({"x": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert caught.value.filename == str(tmp_path / "model.safetensors")
+    assert "model.safetensors cannot be read or written: No space" in about_machine(caught.value)
+    with pytest.raises(OSError, match="No space left") as caught, replacing(tmp_path / "a.json"):
+        raise OSError(28, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "a.json")
+    assert not list(tmp_path.iterdir())

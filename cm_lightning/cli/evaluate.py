@@ -208,6 +208,13 @@ def run(options: argparse.Namespace) -> None:
         ) from error
     fabric.launch()
     reference = prepare_reference(against, options, fabric)
+    if against.data is not None:
+        shape, real = loaded[0].denoiser.image_shape, against.data.image_shape
+        if shape not in (None, real):
+            raise InputError(
+                f"{source} makes images of shape (C, H, W) {shape}, the data of {where} have "
+                f"{real}: give the --config of its data."
+            )
     check_scores(options.scores, options.n, reference.real_n, against.extractor)
     first = loaded[0]
     identity = {

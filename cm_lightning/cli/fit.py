@@ -9,6 +9,7 @@ import sys
 import tempfile
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -38,7 +39,7 @@ from cm_lightning.cli.run_dir import RunPlan, plan_run
 from cm_lightning.data import ImageDataModule
 from cm_lightning.documents import complaint, one_line
 from cm_lightning.ema import ConstantEMA
-from cm_lightning.loggers import MetricsCSV, WandbOptions, wandb_logger
+from cm_lightning.loggers import MetricsCSV, WandbOptions, say, wandb_logger
 from cm_lightning.regimes import ConsistencyModule
 from cm_lightning.sampling import DEFAULT_SAMPLERS
 from cm_lightning.types import InputError
@@ -193,6 +194,12 @@ class FitCLI(LightningCLI):
                 f"be repeated: {one_line(error)[-200:]}."
             ) from error
         self.plan = plan_run(self.config, text)
+        init = self.config["model"]["init_args"].get("init")
+        path = getattr(init, "path", None)
+        own = self.plan.checkpoint is not None and self.config["resume"] == "auto"
+        if own and path is not None and not Path(path).exists():
+            say(f"model.init.path {path} is gone: the run goes on without teacher/ode_distance.")
+            self.config["model"]["init_args"]["init"] = None
 
     def check_trainer(self) -> None:
         """Refuse settings of Lightning's loop that would do nothing here, or something else."""

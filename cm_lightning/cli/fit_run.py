@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.callbacks import Timer
 
 from cm_lightning.callbacks import EMACallback, checkpoints_of
 from cm_lightning.callbacks.run_record import in_use, is_in_use
@@ -219,6 +220,9 @@ def check_fork(cli: FitCLI, path: Path, nimg: int, start: dict[str, Any] | None)
     Raises:
         InputError: If nothing is left to train, or if the config asks for other initial weights.
     """
+    for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Timer):  # the time of another run is no time of this one
+            callback.load_state_dict = lambda state: None  # type: ignore[assignment,method-assign]
     if nimg >= cli.model.total_nimg:
         raise InputError(
             f"{path} is at {nimg / 1000:g} kimg, where model.total_kimg {cli.model.total_kimg:g} "

@@ -167,6 +167,8 @@ def misfit(argv: list[str], groups: Mapping[str, type], scalars: Mapping[str, An
         if where == COMMAND_LINE and isinstance(value, str) and not fits(value, hint, _resolve):
             value = read_value(value, key)
         parts = key.split(".")
+        if isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")):
+            continue  # a part of a config in a file of its own
         if not fits(value, hint, _resolve) and not (value is None and where == COMMAND_LINE):
             shown = one_line(repr(value))
             shown = shown if len(shown) < 100 else f"{shown[:100]} ..."

@@ -241,11 +241,18 @@ def search_table(outcome: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 
 def unanswered(outcome: Mapping[str, Any]) -> list[str]:
-    """Sides of questions that name a result which its arm does not have."""
-    pairs = [pair for pairs in outcome["questions"].values() for pair in pairs]
-    named = [side.partition(" | ") for pair in pairs for side in pair]
-    results = outcome["results"]
-    return [f"{arm} | {key}" for arm, _, key in named if key and key not in results.get(arm, [key])]
+    """Sides of questions that name a result which its arm does not have, and pairs without any."""
+    results, main, found = outcome["results"], main_results(outcome), []
+    for pair in (pair for pairs in outcome["questions"].values() for pair in pairs):
+        sides = [side.partition(" | ") for side in pair]
+        found += [
+            f"{arm} | {key}" for arm, _, key in sides if key and key not in results.get(arm, [key])
+        ]
+        arms = [arm for arm, _, _ in sides]
+        plain = not any(key for _, _, key in sides) and all(arm in results for arm in arms)
+        if plain and not any(all(key in results[arm] for arm in arms) for key in main):
+            found.append(f"{arms[0]} against {arms[1]} in any one measure")
+    return found
 
 
 def explanation(outcome: Mapping[str, Any]) -> list[str]:

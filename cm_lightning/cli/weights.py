@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,8 @@ def inspect(options: argparse.Namespace) -> None:
         denoiser, info, config = load_weights(path)
         print(f"{path}: {info.get('regime')}, EMA profile {info.get('ema')}")
     print(summary(denoiser))
+    if is_public(path):
+        print(assumption(info))
     arguments = (config["init_args"].get("backbone") or {}).get("init_args") or {}
     if arguments:
         print("  arguments   " + ", ".join(f"{key} {value}" for key, value in arguments.items()))
@@ -119,23 +122,37 @@ def inspect(options: argparse.Namespace) -> None:
     print(f"  licence     {licence}")
 
 
+def assumption(info: Mapping[str, Any]) -> str:
+    """Which regime published weights are taken to be of; the file does not tell."""
+    return f"  regime      {info['regime']} (cm-weights import --regime says another)"
+
+
+def check_out(out: Path) -> None:
+    """Check that a folder may be filled.
+
+    Raises:
+        InputError: If it is there and not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} exists already: choose another folder.")
+
+
 def bring(options: argparse.Namespace) -> None:
     """Write ``model.safetensors`` and ``config.json`` of a published file."""
     path, out = Path(options.source), Path(options.out)
-    if out.exists():
-        raise InputError(f"--out {out} exists already: choose another folder.")
+    check_out(out)
     denoiser, info, config = load_public(path, options.regime, options.resolution)
     save_weights(out, config, denoiser.state_dict(), info)
     print(f"{path} -> {out}/model.safetensors and config.json")
     print(summary(denoiser))
+    print(assumption(info))
     print(f"  licence     {info['licence']}")
 
 
 def export(options: argparse.Namespace) -> None:
     """Write portable weights and a model card."""
     out = Path(options.out)
-    if out.exists():
-        raise InputError(f"--out {out} exists already: choose another folder.")
+    check_out(out)
     source = Path(options.source)
     write(load_weights(source, options.ema), source, out, options.format)
 
@@ -143,8 +160,7 @@ def export(options: argparse.Namespace) -> None:
 def phema(options: argparse.Namespace) -> None:
     """Reconstruct averages and write each as portable weights."""
     out = Path(options.out)
-    if out.exists():
-        raise InputError(f"--out {out} exists already: choose another folder.")
+    check_out(out)
     for std in options.std:
         power_exponent(std)
     names = [f"std{std:.3f}" for std in options.std]

@@ -130,6 +130,11 @@ class _Zip(ImageFiles):
         self.labels = None
         if "dataset.json" in content:
             self.labels = _edm_labels(self._open().read("dataset.json"), self.names, path)
+        elif len({name.rpartition("/")[0] for name in self.names}) > 1:
+            raise InputError(
+                f"{path} has folders and no dataset.json, as NVIDIA's have: unpack it, so that its "
+                "folders become classes (--kind imagefolder) or not (--kind flat)."
+            )
 
     def _open(self) -> zipfile.ZipFile:
         if self._file is None:
@@ -309,6 +314,8 @@ def open_images(source: str | Path, kind: str | None = None) -> ImageFiles:
 
 
 def _open(path: Path, kind: str) -> ImageFiles:
+    if path.is_file() and kind in ("imagefolder", "flat", "cifar", "idx"):
+        raise InputError(f"{path} is a file, and the layout {kind} is a folder: unpack it.")
     if kind == "edm":
         return _Folder(path, kind) if path.is_dir() else _Zip(path)
     if kind == "cifar":

@@ -305,7 +305,8 @@ class Timm(FeatureExtractor):
     @property
     def num_features(self) -> int:
         """Number of pooled features of the model."""
-        return int(self._loaded().num_features)  # type: ignore[arg-type]
+        network: Any = self._loaded()
+        return int(getattr(network, "head_hidden_size", None) or network.num_features)
 
     @property
     def preprocessing(self) -> str:  # type: ignore[override]

@@ -121,10 +121,10 @@ def load_teacher(denoiser: Denoiser, teacher: Pretrained) -> Loaded:
         raise InputError(f"CD's teacher must be Pretrained(path), got {teacher!r}.")
     path = Path(teacher.path)
     if not path.exists():
-        config = path.name if path.name.startswith("diffusion_") else "diffusion_digits"
         raise InputError(
-            f"CD needs a teacher and there is none at {path}. Train one first: "
-            f"cm-fit --config configs/{config}.yaml --run_dir {path}"
+            f"model.teacher.path {path} does not exist. CD needs a teacher: a run of the regime "
+            "Diffusion, such as of configs/diffusion_digits.yaml, or weights that cm-weights "
+            "import made."
         )
     loaded = teacher.load()
     if not loaded.is_diffusion:

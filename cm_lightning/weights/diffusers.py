@@ -12,6 +12,7 @@ from torch import Tensor
 from cm_lightning.documents import check_form, read_mapping
 from cm_lightning.files import read_weights, save_tensors, write_json
 from cm_lightning.types import InputError
+from cm_lightning.weights.openai import check_groups
 
 __all__ = ["is_diffusers", "read_diffusers", "write_diffusers"]
 
@@ -34,7 +35,6 @@ _RESIDUAL = {
     "skip": "conv_shortcut",
 }
 _FIXED = {
-    "resnet_time_scale_shift": "scale_shift",
     "downsample_type": "resnet",
     "upsample_type": "resnet",
     "attention_head_dim": HEAD_CHANNELS,
@@ -51,6 +51,9 @@ _FIXED = {
     "class_embed_type": None,
 }
 """Settings under which UNet2DModel computes what ADMUNet does."""
+
+_SHIFTS = {"scale_shift": True, "default": False}
+"""Values of ``resnet_time_scale_shift``, and of ``adaptive``."""
 
 _DEFAULTS = {
     "resnet_time_scale_shift": "default",
@@ -124,6 +127,9 @@ def read_diffusers(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
         arguments = _arguments(config)
         state = _state(path)
         weights = dict(_ours(state, arguments))
+        check_groups(arguments["model_channels"], arguments["channel_mult"], path)
+    except InputError:
+        raise
     except (KeyError, RuntimeError, TypeError, ValueError, ArithmeticError, IndexError) as error:
         raise InputError(f"{path} holds a U-Net of another form than ADMUNet ({error}).") from error
     left = state.keys() - {theirs for _, theirs, _ in _names(arguments)}
@@ -142,7 +148,11 @@ def _state(path: Path) -> dict[str, Tensor]:
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
         if (path / name).is_file():
             return read_weights(path / name)
-    raise InputError(f"{path} holds no diffusion_pytorch_model.safetensors or .bin.")
+    others = sorted(file.name for file in path.glob("diffusion_pytorch_model*"))
+    raise InputError(
+        f"{path} holds no diffusion_pytorch_model.safetensors or .bin"
+        f"{f', only {others[0]}: variants and parts are not read' if others else ''}."
+    )
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,6 +173,7 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_blocks": config["layers_per_block"],
         "attn_resolutions": [size >> i for i, has in enumerate(attention) if has],
         "dropout": config.get("dropout", 0.0),
+        "adaptive": _SHIFTS[config["resnet_time_scale_shift"]],
     }
 
 
@@ -293,6 +304,7 @@ def write_diffusers(folder: Path, config: Mapping[str, Any], weights: Mapping[st
             "AttnUpBlock2D" if has else "ResnetUpsampleBlock2D" for has in attends[::-1]
         ],
         "dropout": arguments["dropout"],
+        "resnet_time_scale_shift": "scale_shift" if arguments["adaptive"] else "default",
         **_FIXED,
     }
     index = {
@@ -337,6 +349,7 @@ def _exportable(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
         "num_blocks": 3,
         "attn_resolutions": [32, 16, 8],
         "dropout": 0.1,
+        "adaptive": True,
         **init["backbone"]["init_args"],
     }
     narrow = arguments["model_channels"] * min(arguments["channel_mult"]) < 128

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -81,17 +82,26 @@ def _parameter(data: Tensor, *_: Any) -> Tensor:
     return data
 
 
+def _nothing(*_: Any) -> _Inert:
+    return _Inert()
+
+
 def _known() -> dict[tuple[str, str], Any]:
     inert = {
         ("numpy", "dtype"),
         ("numpy.core.multiarray", "scalar"),
         ("numpy._core.multiarray", "scalar"),
+        ("numpy", "ndarray"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
     }
     names: dict[tuple[str, str], Any] = dict.fromkeys(inert, _Inert)
     return names | {
         ("collections", "OrderedDict"): OrderedDict,
         ("builtins", "set"): set,
         ("__builtin__", "set"): set,
+        ("builtins", "getattr"): FixedFunction(_nothing),  # a method that ECT's loss keeps
+        ("__builtin__", "getattr"): FixedFunction(_nothing),
         ("dnnlib.util", "EasyDict"): _Dict,
         ("torch._utils", "_rebuild_tensor_v2"): FixedFunction(_tensor),
         ("torch._utils", "_rebuild_parameter"): FixedFunction(_parameter),
@@ -131,8 +141,8 @@ def read_edm_pickle(path: str | Path) -> EDMNetwork:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            content = _Reader(file).load()
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+            content = _Reader(file).load()  # torch warns of the storages of its own files
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.") from error
     except InputError as error:
@@ -148,6 +158,8 @@ def read_edm_pickle(path: str | Path) -> EDMNetwork:
     try:
         weights = {name: value.float() for name, value in _tensors(network)}
         described = _describe(network, path)
+    except InputError:
+        raise
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} holds a network of another form ({error}).") from error
     return EDMNetwork(described, weights, network.class_name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from cm_lightning.files import read_weights
 from cm_lightning.types import InputError
 
-__all__ = ["OPENAI_LICENCE", "is_openai", "read_openai"]
+__all__ = ["OPENAI_LICENCE", "check_groups", "is_openai", "read_openai"]
 
 OPENAI_LICENCE = "MIT (OpenAI consistency_models, guided-diffusion)"
 
@@ -71,6 +71,8 @@ def read_openai(
     try:
         arguments = _arguments(state, path, resolution)
         weights = {f"model.{name}": value for name, value in _rename(state, arguments)}
+    except InputError:
+        raise
     except (KeyError, IndexError, RuntimeError, ValueError, ArithmeticError) as error:
         raise InputError(
             f"{path} holds a U-Net of another form than the published ones ({error})."
@@ -106,13 +108,23 @@ def _arguments(state: Mapping[str, Tensor], path: Path, resolution: int | None) 
     if size is None:
         raise InputError(
             f"{path} does not say the resolution of its images and is none of the published "
-            f"models (channel multiples {multiples}): give --resolution."
+            f"models (channel multiples {multiples}): give --resolution, or first import it with "
+            "cm-weights import --resolution N."
         )
+    check_groups(channels, multiples, path)
+    incoming, outgoing = state["input_blocks.0.0.weight"].shape[1], state["out.2.weight"].shape[0]
+    if outgoing == 2 * incoming:
+        raise InputError(
+            f"{path} holds a model that learned variances ({outgoing} channels out for {incoming} "
+            "in): such models are not read."
+        )
+    block = "input_blocks.1.0"
+    scales = state[f"{block}.emb_layers.1.weight"].shape[0]
     label = state.get("label_emb.weight")
     return {
         "img_resolution": size,
-        "in_channels": state["input_blocks.0.0.weight"].shape[1],
-        "out_channels": state["out.2.weight"].shape[0],
+        "in_channels": incoming,
+        "out_channels": outgoing,
         "label_dim": 0 if label is None else label.shape[0],
         "model_channels": channels,
         "channel_mult": multiples,
@@ -123,7 +135,22 @@ def _arguments(state: Mapping[str, Tensor], path: Path, resolution: int | None) 
             if _has_attention(state, f"input_blocks.{level[0]}")
         ],
         "dropout": 0.0,
+        "adaptive": scales == 2 * state[f"{block}.out_layers.0.weight"].shape[0],
     }
+
+
+def check_groups(channels: int, multiples: Sequence[int], path: Path) -> None:
+    """Check that norms of ADMUNet have the 32 groups that they have in other projects.
+
+    Raises:
+        InputError: If a level is narrower than 128 channels, where ADMUNet's have fewer.
+    """
+    least = channels * min(multiples)
+    if least < 128:
+        raise InputError(
+            f"{path} has a level of {least} channels: its norms have 32 groups there, ADMUNet's as "
+            "in NVIDIA's code a group per 4 channels. Networks of 128 channels or more can be read."
+        )
 
 
 def _last(state: Mapping[str, Tensor], number: int) -> int:

@@ -132,6 +132,13 @@ def start_from(denoiser: Denoiser, weights: Denoiser, where: str) -> list[str]:
     target, source = denoiser, weights
     if type(denoiser) is not type(weights) and hasattr(denoiser, "backbone"):
         target, source = denoiser.backbone, getattr(weights, "backbone", weights)  # type: ignore[assignment]
+    parts = [getattr(model, "backbone", None) for model in (weights, denoiser)]
+    names = [type(part).__name__ for part in parts]
+    if None not in parts and names[0] != names[1]:
+        raise InputError(
+            f"The weights of {where} cannot start this network: they are of a {names[0]}, "
+            f"model.denoiser.backbone is a {names[1]}."
+        )
     own, loaded = target.state_dict(), source.state_dict()
     left_out = [name for name in loaded if "map_augment." in name and name not in own]
     loaded = {name: value for name, value in loaded.items() if name not in left_out}
@@ -213,6 +220,8 @@ def load_weights(path: str | Path, ema: str | None = None) -> Loaded:
         return load_public(path)
     if not path.exists():
         raise InputError(f"There is no run directory, checkpoint or weights folder at {path}.")
+    if path.name == "model.safetensors":
+        raise InputError(f"{path} has its description beside it: give the folder, {path.parent}.")
     raise InputError(
         f"{path} is neither a run directory (with config.yaml) nor a weights folder (with "
         "model.safetensors and config.json) nor a .ckpt file nor a published file."
@@ -227,6 +236,10 @@ def newest_of(source: Path) -> Path:
     """
     if source.is_file():
         return source
+    if (source / "model.safetensors").is_file() or (source / "model_index.json").is_file():
+        raise InputError(
+            f"{source} holds weights and no run: start from them with --model.init.path {source}."
+        )
     found = sorted((source / "checkpoints").glob("nimg*.ckpt"), key=lambda file: file.name)
     if not found:
         raise InputError(f"The run directory {source} holds no checkpoint yet.")
@@ -314,6 +327,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise InputError(f"There is no checkpoint at {path}.")
+    if Path(path).suffix != ".ckpt":
+        raise InputError(
+            f"{path} is no checkpoint of a run: weights are started from by --model.init.path."
+        )
     if not is_intact(path):
         raise InputError(
             f"{path} cannot be read as a checkpoint: it is damaged (a checksum inside differs)."

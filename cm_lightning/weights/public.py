@@ -34,7 +34,7 @@ def load_public(
         path: The file or folder.
         regime: What trained the weights: ``"Diffusion"``, ``"ECT"``, ``"CD"`` or ``"CT"``; the last
             two give OpenAI's network its boundary-condition preconditioning. ``None`` for
-            Diffusion, and for CD in diffusers' layout.
+            Diffusion, for ECT in its pickles, and for CD in diffusers' layout.
         resolution: Side of the images, where an OpenAI file leaves it open.
 
     Returns:
@@ -52,23 +52,25 @@ def load_public(
         )
     if not path.exists():
         raise InputError(f"There are no weights at {path}.")
-    regime = regime or ("CD" if path.is_dir() else "Diffusion")
     if path.is_dir():
         config, weights = read_diffusers(path)
+        assumed = "CD"
         kind, licence = "diffusers' ConsistencyModelPipeline", "as stated where it was published"
     elif path.suffix == ".pkl":
         found = read_edm_pickle(path)
         config, weights, licence = found.denoiser, found.weights, LICENCE
         kind = f"pickle of a {found.class_name}; nothing in it was executed"
+        assumed = "ECT" if found.class_name == "ECMPrecond" else "Diffusion"
     else:
         config, weights = read_openai(path, resolution, consistency=regime in ("CD", "CT"))
         kind, licence = "state dict of OpenAI's U-Net", OPENAI_LICENCE
+        assumed = "Diffusion"
     denoiser = build_denoiser(config, str(path))
     check_weights(denoiser.state_dict(), weights, str(path))
     denoiser.load_state_dict(weights)
     digest = hash_tensors(weights) if path.is_dir() else hash_file(path)
     info = {
-        "regime": regime,
+        "regime": regime or assumed,
         "ema": "imported",
         "kimg": None,
         "data_fingerprint": None,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from tests.cli.conftest import DIGITS, ROOT, TINY
 from tests.data.test_readers import write_idx
@@ -260,3 +261,25 @@ def test_checkpoints_are_plain_data(run_dir):
     for path in (run_dir / "checkpoints").iterdir():
         checkpoint = torch.load(path, weights_only=True)
         json.dumps(checkpoint["cm_lightning"])
+
+
+def test_a_part_in_a_file_of_its_own_is_not_blamed(program, tmp_path):
+    config = yaml.safe_load(Path(DIGITS).read_text())
+    part = config["model"]["init_args"]["denoiser"]
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump(part))
+    config["model"]["init_args"]["denoiser"] = "part.yaml"
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(config))
+    for key, value in (("total_kimg", "abc"), ("distance", "Huber")):
+        words = ["--config", tmp_path / "whole.yaml", f"--model.{key}", value, "--check"]
+        done = program("cm-fit", *words)
+        assert done.code == 2
+        assert f"model.{key}" in done.err
+        assert "part.yaml" not in done.err
+
+
+def test_weights_given_as_a_run_to_resume(fit, run_dir, tmp_path):
+    weights = next((run_dir / "weights").iterdir())
+    done = fit(tmp_path / "run", "--resume", weights)
+    assert f"{weights} holds weights and no run: start from them with --model.init" in done.err
+    done = fit(tmp_path / "run", "--resume", weights / "model.safetensors")
+    assert "is no checkpoint of a run" in done.err

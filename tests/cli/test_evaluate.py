@@ -324,3 +324,14 @@ def test_guiding_weights_are_named_apart(tmp_path):
     for (worse, ema), name in named.items():
         options = SimpleNamespace(worse=worse, worse_ema=ema)
         assert evaluate.guiding(model, options) == name
+
+
+def test_data_of_another_shape_are_refused(run, program, tmp_path):
+    text = "data: {source: Digits, resolution: 16}\nfid: {features: DigitsFeatures, n: 66}\n"
+    (tmp_path / "other.yaml").write_text(text)
+    words = ["--config", tmp_path / "other.yaml", "--n", 66, "--seeds", 0, "--sigmas", 80]
+    done = program("cm-eval", run, *words, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "(1, 8, 8)" in done.err
+    assert "(1, 16, 16)" in done.err
+    assert not (tmp_path / "out").exists()

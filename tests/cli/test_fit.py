@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 
 import lightning as L
@@ -448,3 +449,38 @@ def test_loggers_and_callbacks_of_lightning_from_the_command_line(fit, tmp_path)
 def load_rows(path) -> list[dict]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_a_run_goes_on_without_the_weights_it_started_from(fit, tmp_path):
+    first, run, moved = tmp_path / "first", tmp_path / "run", tmp_path / "moved"
+    assert fit(first, "--model.total_kimg", 0.064).code == 0
+    weights = first / "weights" / "ema_0.9"
+    words = ["--model.init.path", weights]
+    assert fit(run, *words, "--trainer.max_steps", 5).code == 0
+    shutil.copytree(run, moved)
+    assert fit(run, *words).code == 0
+    weights.rename(first / "elsewhere")
+    done = fit(moved, *words)
+    assert done.code == 0, done.err
+    assert f"model.init.path {weights} is gone" in done.out
+    assert "SHA" not in done.err
+    ends = [load(where / "checkpoints" / "nimg000000000640.ckpt") for where in (run, moved)]
+    assert_same(ends[0]["state_dict"], ends[1]["state_dict"])
+    origins = [json.loads((where / "run.json").read_text())["origins"] for where in (run, moved)]
+    assert origins[0] == origins[1]
+    again = fit(tmp_path / "new", *words)
+    assert again.code == 2
+    assert str(weights) in again.err
+
+
+def test_the_time_of_a_run_is_not_that_of_one_that_goes_on_elsewhere(fit, tmp_path):
+    first = tmp_path / "first"
+    limit = ["--trainer.max_time", "00:00:10:00"]
+    assert fit(first, *limit, "--trainer.max_steps", 5).code == 0
+    path = first / "checkpoints" / "nimg000000000320.ckpt"
+    checkpoint = load(path)
+    checkpoint["callbacks"]["Timer"]["time_elapsed"]["train"] = 1e6
+    torch.save(checkpoint, path)
+    done = fit(tmp_path / "second", "--resume", first, *limit)
+    assert done.code == 0, done.err
+    assert "Finished at 0.64 kimg" in done.out

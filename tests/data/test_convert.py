@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -547,3 +548,14 @@ def test_prefetch(pictures, program, tmp_path, monkeypatch):
     assert done.code == 0, done.err
     assert "features  digits" in done.out
     assert "1,797 images" in done.out
+
+
+def test_a_zip_of_folders_is_unpacked_first(pictures, tmp_path):
+    images, _ = pictures
+    png(tmp_path / "in" / "cat" / "a.png", images[0])
+    png(tmp_path / "in" / "dog" / "a.png", images[1])
+    shutil.make_archive(str(tmp_path / "zipped"), "zip", tmp_path / "in")
+    with pytest.raises(InputError, match=r"has folders and no dataset\.json, .*: unpack it"):
+        open_images(tmp_path / "zipped.zip")
+    with pytest.raises(InputError, match="is a file, and the layout imagefolder is a folder"):
+        open_images(tmp_path / "zipped.zip", "imagefolder")

@@ -378,3 +378,11 @@ def test_a_cpu_gets_few_images_at_a_time(per_pass, sizes):
     assert passes == sizes
     assert torch.equal(features, images.flatten(1).float())
     assert torch.equal(logits, -features)
+
+
+def test_models_whose_head_widens_the_features(tmp_path):
+    path = tmp_path / "mobilenet.safetensors"
+    save_file(timm.create_model("mobilenetv3_small_050").state_dict(), path)
+    extractor = Timm("mobilenetv3_small_050", str(path), size=32)
+    images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    assert extractor(images).shape == (2, extractor.num_features)

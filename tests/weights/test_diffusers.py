@@ -108,7 +108,8 @@ def as_drawn(images):
     return (images / 2 + 0.5).clamp(0, 1)
 
 
-def test_import_of_their_own_model(program, tmp_path):
+@pytest.mark.parametrize("shift", ["scale_shift", "default"])
+def test_import_of_their_own_model(shift, program, tmp_path):
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
 
     unet = UNet2DModel(
@@ -119,7 +120,7 @@ def test_import_of_their_own_model(program, tmp_path):
         attention_head_dim=64,
         down_block_types=["AttnDownBlock2D", "ResnetDownsampleBlock2D"],
         up_block_types=["ResnetUpsampleBlock2D", "AttnUpBlock2D"],
-        resnet_time_scale_shift="scale_shift",
+        resnet_time_scale_shift=shift,
         attn_norm_num_groups=32,
         upsample_type="resnet",
         downsample_type="resnet",
@@ -134,6 +135,12 @@ def test_import_of_their_own_model(program, tmp_path):
     assert loaded.info["regime"] == "CD"
     assert isinstance(loaded.denoiser, ConsistencyPrecond)
     assert isinstance(loaded.denoiser.backbone, ADMUNet)
+    again = tmp_path / "again"
+    words = ["cm-weights", "export", tmp_path / "ours", "--out", again, "--format", "diffusers"]
+    assert program(*words).code == 0
+    theirs, back = unet.state_dict(), pipeline(again).unet.state_dict()
+    assert theirs.keys() == back.keys()
+    assert all(torch.equal(theirs[name], back[name]) for name in theirs)
     assert sum(p.numel() for p in loaded.denoiser.parameters()) == unet.num_parameters()
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     labels = torch.arange(4)
@@ -211,8 +218,12 @@ def damage(folder, what):
         blocks = ["DownBlock2D", "DownBlock2D"]
         (unet / "config.json").write_text(json.dumps(config | {"down_block_types": blocks}))
     elif what == "default":
-        del config["resnet_time_scale_shift"]
+        config["resnet_time_scale_shift"] = "spatial"
         (unet / "config.json").write_text(json.dumps(config))
+    elif what == "narrow":
+        (unet / "config.json").write_text(json.dumps(config | {"block_out_channels": [64, 256]}))
+    elif what == "variant":
+        weights.rename(unet / "diffusion_pytorch_model.fp16.safetensors")
     elif what == "json":
         (unet / "config.json").write_text("{")
     elif what == "missing":
@@ -236,7 +247,9 @@ def damage(folder, what):
         ("pipeline", "is a DDPMPipeline"),
         ("downsampling", "downsample_type conv"),
         ("blocks", "another form"),
-        ("default", "resnet_time_scale_shift default"),
+        ("default", "another form"),
+        ("narrow", "a level of 64 channels: its norms have 32 groups"),
+        ("variant", "only diffusion_pytorch_model.fp16.safetensors: variants and parts"),
         ("json", "is not valid JSON"),
         ("missing", "holds no diffusion_pytorch_model"),
         ("pickle", "refused"),

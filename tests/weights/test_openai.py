@@ -58,6 +58,7 @@ def test_output_is_official(path, tmp_path):
     config, weights = read_openai(file, resolution=16)
     arguments = dict(config["init_args"]["backbone"]["init_args"])
     assert arguments.pop("dropout") == 0
+    assert arguments.pop("adaptive")
     assert arguments == golden["constructor"]
     out = evaluate(config, weights, golden).flatten()
     torch.testing.assert_close(out, torch.tensor(golden["out"]), rtol=1e-5, atol=1e-5)
@@ -111,8 +112,17 @@ def test_the_published_size_is_known_without_being_told(tmp_path):
 
     with torch.device("meta"):
         ours = ADMUNet(64, label_dim=1000)
+        plain = ADMUNet(64, label_dim=1000, adaptive=False)
+        narrow = ADMUNet(64, model_channels=64)
+        variance = ADMUNet(64, out_channels=6)
     state = backwards(ours)
     arguments = _arguments(state, tmp_path / "x.pt", None)
+    assert arguments["adaptive"]
+    assert not _arguments(backwards(plain), tmp_path / "x.pt", None)["adaptive"]
+    with pytest.raises(InputError, match="a level of 64 channels: its norms have 32 groups"):
+        _arguments(backwards(narrow), tmp_path / "x.pt", None)
+    with pytest.raises(InputError, match="learned variances"):
+        _arguments(backwards(variance), tmp_path / "x.pt", None)
     assert arguments["img_resolution"] == 64
     assert arguments["channel_mult"] == [1, 2, 3, 4]
     assert arguments["num_blocks"] == 3
@@ -123,12 +133,15 @@ def test_the_published_size_is_known_without_being_told(tmp_path):
 def backwards(unet: ADMUNet) -> dict[str, torch.Tensor]:
     """Names of OpenAI's U-Net of the same structure, without values."""
     state = {"time_embed.0.weight": unet.map_layer0.weight, "out.2.weight": unet.out_conv.weight}
-    state["label_emb.weight"] = unet.map_label.weight.T
+    if unet.label_dim:
+        state["label_emb.weight"] = unet.map_label.weight.T
     for i, (name, block) in enumerate(unet.enc.items()):
         if name.endswith("conv"):
             state["input_blocks.0.0.weight"] = block.weight
             continue
         state[f"input_blocks.{i}.0.in_layers.2.weight"] = block.conv0.weight
+        state[f"input_blocks.{i}.0.emb_layers.1.weight"] = block.affine.weight
+        state[f"input_blocks.{i}.0.out_layers.0.weight"] = block.norm1.weight
         if block.heads:
             state[f"input_blocks.{i}.1.qkv.weight"] = block.qkv.weight
     number = -1
