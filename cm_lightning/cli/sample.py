@@ -185,6 +185,11 @@ def run(options: argparse.Namespace) -> None:
     phases = options.phases
     if phases is options.sigmas is options.heun is options.euler is None:
         phases = info.get("phases")
+    chosen = (phases, options.sigmas, options.heun, options.euler)
+    if info["regime"] == "Diffusion" and chosen == (None,) * 4:
+        print(
+            f"{options.source} is a diffusion model, whose first call gives a mean: try --heun 18."
+        )
     sampler = choose_sampler(options.sigmas, options.heun, options.euler, phases, options.eta)
     check_phases(info.get("phases"), [sampler], COMMAND)
     labels = choose_labels(options.labels, denoiser.num_classes, options.n)

@@ -23,8 +23,8 @@ class GuidedDenoiser(Denoiser):
 
     Args:
         denoiser: The model.
-        worse: A worse one with the same images and classes, or ``None`` for the model without
-            labels.
+        worse: A worse one with the same images and the same classes or none, or ``None`` for the
+            model without labels.
         scale: w >= 0.
 
     Raises:
@@ -44,12 +44,13 @@ class GuidedDenoiser(Denoiser):
                     "(label_dropout in its backbone); this one was not. Give a worse model instead."
                 )
         if worse is not None and (
-            worse.image_shape != denoiser.image_shape or worse.num_classes != denoiser.num_classes
+            worse.image_shape != denoiser.image_shape
+            or worse.num_classes not in (0, denoiser.num_classes)
         ):
             raise InputError(
                 f"The guiding model makes images of shape {worse.image_shape} of "
                 f"{worse.num_classes} classes, the model {denoiser.image_shape} of "
-                f"{denoiser.num_classes}: they must be equal."
+                f"{denoiser.num_classes}: they must be equal, or the guiding one without classes."
             )
         self.denoiser = denoiser
         self.worse = worse
@@ -81,7 +82,7 @@ class GuidedDenoiser(Denoiser):
         if self.scale == 1:
             return good
         if self.worse is not None:
-            bad: Tensor = self.worse(x, sigma, labels)
+            bad: Tensor = self.worse(x, sigma, labels if self.worse.num_classes else None)
         else:
             if labels is None:
                 raise InputError("Classifier-free guidance needs labels, got None.")

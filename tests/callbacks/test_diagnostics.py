@@ -97,8 +97,8 @@ def test_runs_log_it_and_draw_the_picture(program, tmp_path):
     assert (run / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
     figure = diagnostics_figure(rows)
     assert len([axis for axis in figure.axes if axis.lines]) == 8
-    lines = figure.axes[5].lines
-    assert figure.axes[5].get_title().startswith("effective sample size")
+    (axis,) = (axis for axis in figure.axes if axis.get_title() == "Effective sample size")
+    lines = axis.lines
     assert [line.get_label() for line in lines][-1] == "above 10"
     drawn = [row["ess/above_10"] for row in rows if "ess/above_10" in row]
     assert lines[-1].get_ydata().tolist() == drawn

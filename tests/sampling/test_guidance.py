@@ -69,3 +69,12 @@ def test_classifier_free_guidance_uses_the_label_free_case():
 def test_bad_input_is_one_sentence(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_a_model_without_classes_guides_one_with_them():
+    """As EDM2 guides its class-conditional models by an unconditional one."""
+    good, worse = network(), network(label_dim=0, label_dropout=0.0)
+    x, sigma, labels = torch.randn(3, 1, 8, 8), torch.ones(3), torch.arange(3)
+    guided = GuidedDenoiser(good, worse, 2.0)(x, sigma, labels)
+    expected = 2 * good(x, sigma, labels) - worse(x, sigma)
+    torch.testing.assert_close(guided, expected)
