@@ -98,3 +98,12 @@ def test_missing_or_wrong_weights_are_one_sentence(tmp_path, monkeypatch):
         LPIPS(str(tmp_path / "other.pth")).prepare((3, 32, 32))
     with pytest.raises(InputError, match="1 or 3 channels, got 4"):
         LPIPS().prepare((4, 32, 32))
+
+
+def test_lpips_is_fp32_under_autocast(vgg, images):
+    distance = LPIPS(str(vgg[0]))
+    plain = distance(*images)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = distance(*images)
+    assert mixed.dtype is torch.float32
+    torch.testing.assert_close(mixed, plain, rtol=1e-6, atol=0)
