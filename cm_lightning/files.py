@@ -52,7 +52,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk is told without a name
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a full disk is told without a name
         raise
     finally:
         partial.unlink(missing_ok=True)

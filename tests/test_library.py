@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import signal
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -475,3 +478,16 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     assert caught.value.filename == str(tmp_path / "a.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_of_a_training_stays_behind(tmp_path):
+    """Neither its handlers of signals nor, through them or otherwise, its networks."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    module = ECT(network(), total_kimg=0.064)
+    left = weakref.ref(module)
+    parts = EMACallback([ConstantEMA(0.9)]), CheckpointCallback(every_kimg=0.032, best=None)
+    fit(module, *parts, DiagnosticsCallback(0.032), root=tmp_path)
+    assert {number: signal.getsignal(number) for number in before} == before
+    del module, parts
+    gc.collect()
+    assert left() is None

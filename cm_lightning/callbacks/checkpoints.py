@@ -195,8 +195,8 @@ class CheckpointCallback(StepCallback, Checkpoint):
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers = {}
 
-    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Leave signals as they were."""
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Leave signals as they were; Lightning does so before it calls ``teardown``."""
         self._restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:

@@ -201,7 +201,11 @@ def test_a_student_starts_from_its_teacher_or_from_others(train, teacher, tmp_pa
 
 
 MISTAKES = {
-    "no teacher": ("cd", ["--model.teacher.path", "{tmp}/diffusion_x"], "configs/diffusion_x.yaml"),
+    "no teacher": (
+        "cd",
+        ["--model.teacher.path", "{tmp}/none"],
+        "none does not exist. CD needs a teacher",
+    ),
     "no such profile": ("cd", ["--model.teacher.ema", "ema_0.5"], "no EMA profile 'ema_0.5'"),
     "teacher of another resolution": (
         "cd",
