@@ -16,15 +16,7 @@ import yaml
 
 from cm_lightning.cli.study import make_run, training_minutes
 from cm_lightning.cli.study_file import Tuning, read_study
-from cm_lightning.cli.study_report import (
-    answers,
-    arms_table,
-    interval,
-    label,
-    main_results,
-    other_results,
-    read_outcome,
-)
+from cm_lightning.cli.study_report import interval, read_outcome
 from cm_lightning.cli.study_runs import Run, Runner, option_words
 from cm_lightning.evaluation import read_metrics
 from tests.cli.conftest import DIGITS, ROOT, TINY
@@ -149,84 +141,6 @@ def test_own_options_come_last_under_either_spelling(study):
         words = option_words(make_run(name, arm, 1, tune, 3).options, Path("out"))
         assert words[-1] == "--model.optimizer.lr=3"
         assert sum(".lr=" in word for word in words) == 1
-
-
-KNOWN = {
-    "title": "known",
-    "seeds": [1, 2, 3],
-    "arms": {"base": {"runs": ["a", "b", "c"]}, "better": {"runs": ["d", "e", "f"]}},
-    "first": {},
-    "key": "",
-    "search": {},
-    "results": {
-        "base": {"fd/ema/nfe1": [4.0, 5.0, 6.0], "fd/ema/nfe2": [1.0, 1.0, 2.0], "own": [7, 8, 9]},
-        "better": {"fd/ema/nfe1": [2.0, 3.0, 4.0], "fd/ema/nfe2": [0.0, 2.0, 2.0]},
-    },
-    "questions": {
-        "Which?": [["better", "base"]],
-        "Inside one arm?": [["base | own", "base | fd/ema/nfe1"], ["base | none", "better | none"]],
-        "Unanswered?": [["base | none", "better"]],
-    },
-}
-
-
-def test_answers_of_known_numbers():
-    found = dict(answers(KNOWN))
-    assert list(found) == ["Which?", "Inside one arm?"]
-    one, two = found["Which?"]
-    assert (one.result, two.result) == ("1 call", "2 calls")
-    assert one.difference == (-2.0, 0.0)
-    assert (one.verdict, two.verdict) == ("better", "undecided")
-    assert two.difference == (0.0, pytest.approx(2.484, abs=1e-3))
-    (inside,) = found["Inside one arm?"]
-    assert inside.difference == (3.0, 0.0)
-    assert inside.verdict == "worse"
-    assert inside.baseline == "base, ema, nfe1"
-
-
-def test_what_most_arms_have_is_in_the_table(tmp_path):
-    """An arm without it has an empty cell, and what few have stands below."""
-    record = {"regime": "ECT", "parameters": 1, "total_kimg": 2, "starts": [{"seconds": 60}]}
-    for name in "abcdefghi":
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "run.json").write_text(json.dumps(record))
-    other = {"runs": ["g", "h", "i"]}
-    results = KNOWN["results"] | {"phased": {"fd/ema/nfe4": [1, 2, 3]}}
-    outcome = KNOWN | {"arms": KNOWN["arms"] | {"phased": other}, "results": results}
-    assert main_results(outcome) == ["fd/ema/nfe1", "fd/ema/nfe2"]
-    head, rows = arms_table(outcome, tmp_path)
-    assert head == ["arm", "1 call", "2 calls", "kimg", "minutes"]
-    assert rows[2] == ["phased", "", "", "2", "1.0"]
-    assert [row[1] for row in other_results(outcome)] == ["own", "fd/ema/nfe4"]
-
-
-def test_labels_say_what_differs():
-    keys = ["fd_a10k/ema/nfe1", "fd_b10k/ema/nfe2", "steps/ema/sigmas 80 2"]
-    assert [label(key, keys[:1]) for key in keys[:1]] == ["1 call"]
-    words = ["fd_a10k, 1 call", "fd_b10k, 2 calls", "steps, sigmas 80 2"]
-    assert [label(key, keys) for key in keys] == words
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"results": {"base": {}}},
-        {"seeds": [1, 2]},
-        {"questions": {"?": [["a"]]}},
-        {"arms": {"base": {"runs": ["a"]}, "better": {"runs": ["b"]}}},
-    ],
-)
-def test_an_outcome_that_does_not_fit_is_refused(changes, program, tmp_path):
-    (tmp_path / "study.json").write_text(json.dumps(KNOWN | changes))
-    done = program("cm-compare", tmp_path, "--out", tmp_path / "out")
-    assert done.code == 2
-    assert "study.json does not hold a result of every arm and seed" in done.err
-
-
-def test_interval_is_students():
-    mean, width = interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert mean == 3
-    assert width == pytest.approx(2.776445 * np.sqrt(2.5 / 5), rel=1e-6)
 
 
 @pytest.mark.parametrize(

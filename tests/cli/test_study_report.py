@@ -1,0 +1,183 @@
+"""What a study reports, in numbers computed by hand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from cm_lightning.cli.study import training_minutes
+from cm_lightning.cli.study_report import (
+    Answer,
+    answer_rows,
+    answers,
+    arms_table,
+    interval,
+    label,
+    main_results,
+    other_results,
+    search_table,
+    summary,
+)
+from cm_lightning.cli.study_runs import finished
+from cm_lightning.types import InputError
+
+KNOWN = {
+    "title": "known",
+    "seeds": [1, 2, 3],
+    "arms": {"base": {"runs": ["a", "b", "c"]}, "better": {"runs": ["d", "e", "f"]}},
+    "first": {},
+    "key": "",
+    "search": {},
+    "results": {
+        "base": {"fd/ema/nfe1": [4.0, 5.0, 6.0], "fd/ema/nfe2": [1.0, 1.0, 2.0], "own": [7, 8, 9]},
+        "better": {"fd/ema/nfe1": [2.0, 3.0, 4.0], "fd/ema/nfe2": [0.0, 2.0, 2.0]},
+    },
+    "questions": {
+        "Which?": [["better", "base"]],
+        "Inside one arm?": [["base | own", "base | fd/ema/nfe1"], ["base | none", "better | none"]],
+        "Unanswered?": [["base | none", "better"]],
+    },
+}
+
+
+def test_answers_of_known_numbers():
+    found = dict(answers(KNOWN))
+    assert list(found) == ["Which?", "Inside one arm?"]
+    one, two = found["Which?"]
+    assert (one.result, two.result) == ("1 call", "2 calls")
+    assert one.difference == (-2.0, 0.0)
+    assert (one.verdict, two.verdict) == ("better", "undecided")
+    assert two.difference == (0.0, pytest.approx(2.484, abs=1e-3))
+    (inside,) = found["Inside one arm?"]
+    assert inside.difference == (3.0, 0.0)
+    assert inside.verdict == "worse"
+    assert inside.baseline == "base, ema, nfe1"
+
+
+def test_what_most_arms_have_is_in_the_table(tmp_path):
+    """An arm without it has an empty cell, and what few have stands below."""
+    write_runs(tmp_path, "abcdefghi")
+    other = {"runs": ["g", "h", "i"]}
+    results = KNOWN["results"] | {"phased": {"fd/ema/nfe4": [1, 2, 3]}}
+    outcome = KNOWN | {"arms": KNOWN["arms"] | {"phased": other}, "results": results}
+    assert main_results(outcome) == ["fd/ema/nfe1", "fd/ema/nfe2"]
+    head, rows = arms_table(outcome, tmp_path)
+    assert head == ["arm", "1 call", "2 calls", "kimg", "minutes"]
+    assert rows[2] == ["phased", "", "", "2", "1.0"]
+    assert [row[1] for row in other_results(outcome)] == ["own", "fd/ema/nfe4"]
+
+
+def test_labels_say_what_differs():
+    keys = ["fd_a10k/ema/nfe1", "fd_b10k/ema/nfe2", "steps/ema/sigmas 80 2"]
+    assert [label(key, keys[:1]) for key in keys[:1]] == ["1 call"]
+    words = ["fd_a10k, 1 call", "fd_b10k, 2 calls", "steps, sigmas 80 2"]
+    assert [label(key, keys) for key in keys] == words
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"results": {"base": {}}},
+        {"seeds": [1, 2]},
+        {"questions": {"?": [["a"]]}},
+        {"arms": {"base": {"runs": ["a"]}, "better": {"runs": ["b"]}}},
+    ],
+)
+def test_an_outcome_that_does_not_fit_is_refused(changes, program, tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps(KNOWN | changes))
+    done = program("cm-compare", tmp_path, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "study.json does not hold a result of every arm and seed" in done.err
+
+
+def test_interval_is_students():
+    mean, width = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3
+    assert width == pytest.approx(2.776445 * np.sqrt(2.5 / 5), rel=1e-6)
+
+
+def write_runs(folder, names="abcdef", **changes):
+    """A record of every run, of one start of a minute unless told otherwise."""
+    record = {"regime": "ECT", "parameters": 1, "total_kimg": 2, "starts": [{"seconds": 60}]}
+    for name in names:
+        (folder / name).mkdir()
+        (folder / name / "run.json").write_text(json.dumps(record | changes))
+
+
+def test_minutes_count_every_start_and_are_averaged_over_seeds(tmp_path):
+    """One start was killed before it could tell its time."""
+    write_runs(tmp_path, "abc", total_kimg=19.62, starts=[{"seconds": 90}, {"seconds": 30}, {}])
+    write_runs(tmp_path, "de")
+    write_runs(tmp_path, "f", starts=[{"seconds": 240}])
+    tuned = {name: arm | {"tuned": 3e-4} for name, arm in KNOWN["arms"].items()}
+    tuned["base"]["about"] = "the baseline"
+    head, rows = arms_table(KNOWN | {"arms": tuned, "key": "model.optimizer.lr"}, tmp_path)
+    assert head[3:] == ["kimg", "minutes", "lr", "what it is"]
+    assert rows[0][3:] == ["19.62", "2.0", "0.0003", "the baseline"]
+    assert rows[1][3:] == ["2", "2.0", "0.0003", ""]
+
+
+def test_answers_in_percent_of_the_baseline():
+    """Mean difference -2, three seeds: deviation 1, half width 4.3027 / sqrt(3) = 2.484."""
+    sides = [7.0, 8.0, 9.0], [10.0, 10.0, 10.0]
+    head, rows = answer_rows([Answer("ours", "theirs", "1 call", *sides)])
+    assert dict(zip(head, rows[0], strict=True)) == {
+        "arm": "ours",
+        "is": "undecided",
+        "than": "theirs",
+        "result": "1 call",
+        "difference": "-2.000 ± 2.484 (-20.0 %)",
+        "arm's": "8.000 ± 2.484",
+        "baseline's": "10.000 ± 0.000",
+    }
+    (row,) = answer_rows([Answer("ours", "theirs", "", [1.0, 1.0], [0.0, 0.0])])[1]
+    assert row[1] == "worse"
+    assert row[4] == "+1.000 ± 0.000"  # no share of nothing
+
+
+def test_the_best_of_a_search_is_bold_in_its_row():
+    search = {"one": {"0.1": 3.0, "0.01": 2.0}, "two": {"0.1": 1.0, "1.0": 4.0}}
+    head, rows = search_table({"key": "lr", "search": search})
+    assert head == ["lr", "0.1", "0.01", "1.0"]
+    assert rows == [["one", "3.000", "**2.000**", ""], ["two", "**1.000**", "", "4.000"]]
+
+
+def test_the_page_in_markdown_holds_every_part(tmp_path):
+    write_runs(tmp_path)
+    timed = KNOWN["arms"]["better"] | {"time_of": "base", "of": "base", "share": 0.75}
+    arms = KNOWN["arms"] | {"better": timed}
+    outcome = KNOWN | {"arms": arms, "key": "lr", "search": {"base": {"1": 0.5}}}
+    text = summary(outcome | {"first": {"teacher": {"floor": 0.25}}}, tmp_path)
+    assert text.startswith("# known\n")
+    assert "over training seeds 1, 2, 3" in text
+    assert "takes as long as another arm's training" in text
+    assert "better 0.75 (base)" in text
+    assert "| better | better | base | 1 call | -2.000 ± 0.000 (-40.0 %) |" in text
+    assert "| teacher | floor | 0.250 |" in text
+    assert "| base | **0.500** |" in text
+
+
+def test_a_run_is_finished_with_results_of_its_whole_length(tmp_path):
+    assert finished(tmp_path / "a") is None
+    write_runs(tmp_path, "a")
+    assert finished(tmp_path / "a") is None
+    write_runs(tmp_path, "b", results={"kimg": 1.9, "last": {"fd": 1.0}})
+    assert finished(tmp_path / "b") is None
+    write_runs(tmp_path, "c", results={"kimg": 2, "last": {"fd": 1.0}})
+    assert finished(tmp_path / "c") == {"fd": 1.0}
+
+
+def test_minutes_of_training_are_those_of_the_median_speed(tmp_path):
+    """2,000 images at 10 a second, whatever one slow window and the first row say."""
+    write_runs(tmp_path, "ab")
+    text = "kimg,speed/images_per_second\n0,0\n1,{}\n2,10\n"
+    for name, speed in (("a", 1), ("b", 10)):
+        (tmp_path / name / "metrics.csv").write_text(text.format(speed))
+    folders = [tmp_path / "a", tmp_path / "b"]
+    assert training_minutes(folders) == pytest.approx(2000 / 10 / 60)
+    for folder in folders:
+        (folder / "metrics.csv").write_text("kimg,loss\n0,1\n")
+    with pytest.raises(InputError, match="logged no speed; time_of needs diagnostics"):
+        training_minutes(folders)
