@@ -66,7 +66,7 @@ def kept_bytes(
         storage = saved.untyped_storage()
         if storage.data_ptr() not in own:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return saved
+        return saved.detach()  # with its graph it would hold itself for good
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved)
     eager = torch.compiler.set_stance("force_eager")

@@ -23,6 +23,7 @@ from cm_lightning.types import InputError
 __all__ = ["Entry", "curves", "differing", "main", "read_entry"]
 
 COMMAND = "cm-compare"
+DESCRIPTION = "Runs, or the arms of a study, side by side, in Markdown and on one HTML page."
 
 
 def differing(entries: list[Entry]) -> list[str]:
@@ -205,7 +206,7 @@ def write_figures(panels: dict[str, list[Panel]], out: Path) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``cm-compare``."""
-    parser = CommandParser(prog=COMMAND, allow_abbrev=False, description=__doc__)
+    parser = CommandParser(prog=COMMAND, allow_abbrev=False, description=DESCRIPTION)
     parser.add_argument(
         "runs",
         nargs="+",

@@ -30,11 +30,12 @@ from cm_lightning.weights import check_class_paths
 __all__ = ["main"]
 
 COMMAND = "cm-data"
+DESCRIPTION = "Turn images of any layout into a store, look into stores, fetch downloads early."
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = CommandParser(prog=COMMAND, allow_abbrev=False, description=__doc__)
+    parser = CommandParser(prog=COMMAND, allow_abbrev=False, description=DESCRIPTION)
     actions = parser.add_subparsers(dest="action", required=True, parser_class=CommandParser)
     bring = actions.add_parser(
         "convert",

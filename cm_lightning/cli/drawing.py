@@ -30,7 +30,11 @@ def add_guidance(parser: argparse.ArgumentParser, several: str) -> None:
         help=f"guidance scales, 1 for none [1]; {several}. Two network calls a step",
     )
     add("--worse_ema", metavar="NAME", help="guide by this profile or snapshot, as ema_0.9999@0.5")
-    add("--worse", metavar="RUN", help="guide by another run; without either by missing labels")
+    add(
+        "--worse",
+        metavar="RUN",
+        help="guide by another run; with neither, by itself without labels",
+    )
 
 
 def guided(

@@ -33,12 +33,14 @@ what is trained (defaults: the paper's)
   --model CLASS       {regimes}
   --model.total_kimg N              length in thousands of images
   --model.denoiser CLASS            network; --model.denoiser.backbone ... for its parts
+  --model.init.path RUN             start from weights: a run, a weights folder, a published file
   --model.optimizer CLASS           torch.optim.RAdam, ...; --model.optimizer.lr RATE
   --model.learning_rate.KEY VALUE   ramp_kimg, decay_kimg, cooldown_kimg
   --model.discretization | coupling | distance | weighting CLASS    the parts of the objective
 
 on which data
   --data.source CLASS           Store (made by cm-data convert), IDX, Digits
+  --data.source.path DIR        folder of a Store
   --data.global_batch N         images per step over all devices and accumulation
   --data.micro_batch N          largest batch per device; accumulation follows
   --data.resolution N, --data.resize pad|resize, --data.flip BOOL, --data.conditional BOOL

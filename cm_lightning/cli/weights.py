@@ -26,11 +26,12 @@ from cm_lightning.weights import (
 __all__ = ["main"]
 
 COMMAND = "cm-weights"
+DESCRIPTION = "Look into weight files and bring public ones in, safely."
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = CommandParser(prog=COMMAND, allow_abbrev=False, description=__doc__)
+    parser = CommandParser(prog=COMMAND, allow_abbrev=False, description=DESCRIPTION)
     actions = parser.add_subparsers(dest="action", required=True, parser_class=CommandParser)
     inspect = actions.add_parser("inspect", help="say what a file or folder holds")
     inspect.add_argument(
