@@ -102,5 +102,6 @@ def words(hint: Any) -> str:
         kinds: Sequence[Any] = [kind for kind in _of(hint) if kind is not ...]
         return "a list" + (f", each {words(kinds[0])}" if kinds else "")
     if isinstance(hint, type) and hint.__module__ != "builtins":
-        return f"the name of a {hint.__name__} class, or its class_path and init_args"
+        article = "an" if hint.__name__[0] in "AEIO" else "a"
+        return f"the name of {article} {hint.__name__} class, or its class_path and init_args"
     return "the name of a class" if get_origin(hint) is collections.abc.Callable else str(hint)

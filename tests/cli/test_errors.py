@@ -187,6 +187,8 @@ def content(path: Path) -> dict:
         (["--seed_everything", 1], "seed_everything: 0 -> 1"),
         (["--model.total_kimg", 3], "total_kimg: 0.64 -> 3.0"),
         (["--data.flip", "false"], "data.flip: True -> False"),
+        (["--ema.snapshots", "[0.5]"], "ema.snapshots: [] -> [0.5]"),
+        (["--ema.profiles", "[ConstantEMA]"], "ema.profiles."),
     ],
 )
 def test_a_directory_of_another_config_is_left_alone(fit, run_dir, arguments, words):

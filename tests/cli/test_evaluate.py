@@ -12,9 +12,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from cm_lightning.cli import evaluate
+from cm_lightning.cli.evaluate_results import Book, Cell
+from cm_lightning.types import InputError
 from tests.cli.conftest import ROOT, TINY, Done
 
 METRIC = "fd_digits66/ema_0.9/nfe"
@@ -299,6 +302,54 @@ def test_results_of_something_else_are_not_mixed(run, program):
     done = program("cm-eval", run, "--n", 67, "--seeds", 0, "--sigmas", 80)
     assert done.code == 2
     assert "measured with another n (66, now 67): choose another --out" in done.err
+
+
+def test_weights_of_one_table(tmp_path):
+    """Other averages of the same moment may join; the same average of another run may not."""
+    identity = {
+        "source": "run",
+        "weights": {"ema_0.9": "a"},
+        "regime": "ECT",
+        "kimg": 1.0,
+        "n": 8,
+        "features": "digits",
+        "features_sha256": "f",
+        "reference": "set",
+        "data_fingerprint": "d",
+    }
+
+    def book(**changes) -> Book:
+        return Book(tmp_path, identity | changes)
+
+    cell = Cell("ema_0.9", 1.0, None, None, "sigmas 80", None, 0)
+    book().add(cell, 1, {"fd": 1.0}, 0.1, torch.device("cpu"))
+    assert book(source="elsewhere").found(cell)["fd"] == 1
+    joined = book(weights={"live": "b"})
+    assert joined.identity["weights"] == {"ema_0.9": "a", "live": "b"}
+    assert book(weights={"ema_0.9@0.5": "c"}, kimg=0.5).found(cell)["fd"] == 1
+    for changes, words in (
+        ({"weights": {"ema_0.9": "b"}}, "another weights"),
+        ({"weights": {"live": "b"}, "kimg": 2.0}, r"another kimg \(1.0, now 2.0\)"),
+        ({"regime": "SCT"}, "another regime"),
+        ({"features_sha256": "g"}, "another features_sha256"),
+        ({"reference": "file"}, "another reference"),
+        ({"data_fingerprint": "e"}, "another data_fingerprint"),
+    ):
+        with pytest.raises(InputError, match=words):
+            book(**changes)
+
+
+def test_exported_weights_know_their_run(run, program, tmp_path):
+    done = program("cm-weights", "export", run, "--ema", "live", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    record = json.loads((run / "run.json").read_text())
+    assert config["data_fingerprint"] == record["data_fingerprint"]
+    assert (config["regime"], config["ema"]) == ("SCT", "live")
+    assert config["kimg"] == record["results"]["kimg"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| data, SHA-256 | {record['data_fingerprint']} |" in card
+    assert f"| length of training | {config['kimg']:g} thousand images |" in card
 
 
 def test_classes_of_other_packages_are_refused(run, program):
