@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -48,10 +49,13 @@ def fail(command: str, message: str, code: int = 2) -> NoReturn:
 def readable_errors(command: str) -> Iterator[None]:
     """Turn errors into a message: about the user's input with exit code 2, any other with 1.
 
-    Those that nobody foresaw keep their traceback, with a sentence below it.
+    Those that nobody foresaw keep their traceback, with a sentence below it. After Ctrl-C the exit
+    code is 130, that of a command which the signal ends.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        fail(command, "interrupted. Files that were written before are kept.", 128 + signal.SIGINT)
     except Exception as error:
         message = about_input(error) or about_machine(error)
         if message is None:

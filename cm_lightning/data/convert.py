@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import signal
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -134,6 +135,7 @@ _files: ImageFiles | None = None
 def _start_worker(files: ImageFiles) -> None:
     global _files
     _files = files
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
 
 
 def _work(

@@ -109,8 +109,9 @@ def test_a_killed_evaluation_continues(run, program, monkeypatch):
         return real(*arguments, **options)
 
     monkeypatch.setattr(evaluate, "scores", dies)
-    with pytest.raises(KeyboardInterrupt):
-        program(*words, run / "parts")
+    stopped = program(*words, run / "parts")
+    assert stopped.code == 130
+    assert stopped.err.startswith("cm-eval: error: interrupted. Files")
     monkeypatch.setattr(evaluate, "scores", real)
     assert len(results(run / "parts")) == 1
     assert program(*words, run / "parts").code == 0
