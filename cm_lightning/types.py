@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 __all__ = [
@@ -131,9 +132,11 @@ class Denoiser(nn.Module, ABC):
 
     Attributes:
         sigma_data: Standard deviation of the data, 0.5 in all published recipes.
+        learn_variance: Whether it predicts a log-variance as well, as EDM2's diffusion models do.
     """
 
     sigma_data: float
+    learn_variance = False
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
@@ -144,6 +147,11 @@ class Denoiser(nn.Module, ABC):
     def num_classes(self) -> int:
         """Number of classes the network is conditioned on, 0 if unconditional."""
         return 0
+
+    @property
+    def label_dropout(self) -> float | None:
+        """Share of images that training shows without their label; ``None`` if not known."""
+        return None
 
     @abstractmethod
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -176,4 +184,5 @@ def check_word(name: str, value: object, allowed: Collection[str]) -> None:
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
     """Give ``(B,)`` values the shape ``(B, 1, 1, 1)`` and the dtype of the images ``like``."""
-    return values.to(like.dtype).reshape(-1, *([1] * (like.ndim - 1)))
+    values = values if values.dtype == torch.bool else values.to(like.dtype)
+    return values.reshape(-1, *([1] * (like.ndim - 1)))

@@ -215,9 +215,7 @@ class ReferenceBank:
         n = self.spec.n
         if n is None:
             return rows
-        generator = np.random.Generator(
-            np.random.PCG64(np.random.SeedSequence((self.seed, *stream)))
-        )
+        generator = np.random.default_rng((self.seed, *stream))
         return np.sort(rows[generator.choice(len(rows), n - 1, replace=False)])
 
     def _take(

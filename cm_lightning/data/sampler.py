@@ -55,10 +55,7 @@ class Order:
 
     def _epoch(self, epoch: int) -> Rows:
         if epoch not in self._epochs:
-            order, coin = (
-                np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, epoch, k))))
-                for k in (0, 1)
-            )
+            order, coin = (np.random.default_rng((self.seed, epoch, k)) for k in (0, 1))
             for old in [e for e in self._epochs if e < epoch - 1]:
                 del self._epochs[old]
             self._epochs[epoch] = Rows(

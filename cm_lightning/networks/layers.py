@@ -59,7 +59,7 @@ class Linear(nn.Module):
         return functional.linear(x, self.weight, self.bias)
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(nn.GroupNorm):
     """Group normalisation with min(32, C // 4) groups, computed in fp32.
 
     Args:
@@ -71,20 +71,13 @@ class GroupNorm(nn.Module):
     """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.groups = max(min(32, channels // 4), 1)
-        if channels % self.groups:
+        groups = max(min(32, channels // 4), 1)
+        if channels % groups:
             raise InputError(
-                f"The network needs group norms of {channels} channels, which {self.groups} groups "
+                f"The network needs group norms of {channels} channels, which {groups} groups "
                 "do not divide: choose model_channels and channel_mult in multiples of 32."
             )
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``(B, C, H, W)``."""
-        return functional.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+        super().__init__(groups, channels, eps)
 
 
 class Conv(nn.Module):

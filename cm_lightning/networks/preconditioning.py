@@ -96,6 +96,12 @@ class Precond(Denoiser):
         """Classes of the backbone, 0 if unconditional."""
         return int(getattr(self.backbone, "label_dim", 0))
 
+    @property
+    def label_dropout(self) -> float | None:
+        """That of the backbone, ``None`` if it names none."""
+        dropped: float | None = getattr(self.backbone, "label_dropout", None)
+        return dropped
+
     def forward(
         self,
         x: Tensor,
@@ -135,7 +141,7 @@ class Precond(Denoiser):
         if labels is not None:
             rows = (labels[:, None] == torch.arange(classes, device=labels.device)).to(dtype)
         inside = next(self.backbone.parameters(), x).dtype
-        noise = c_noise if self.noise_scale == 1 else c_noise * self.noise_scale
+        noise = c_noise * self.noise_scale
         told = () if augment_labels is None else (augment_labels,)
         scaled = (expand(c_in, x) * x).to(inside)
         if self.channels_last:  # a clone, as images of one channel count as laid out either way

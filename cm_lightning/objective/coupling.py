@@ -213,7 +213,7 @@ class GeneratorCoupling(Coupling):
         noisy = batch.x0 + expand(level, z) * z
         endpoint = denoise(noisy, torch.where(positive, level, t), dropout=self.dropout)
         generated = (u < share) & positive
-        x0 = torch.where(expand(generated, z).bool(), endpoint, batch.x0)
+        x0 = torch.where(expand(generated, z), endpoint, batch.x0)
         return Coupled(x0, z, generated)
 
 

@@ -108,7 +108,7 @@ def paired_forward(
         goal = target(x_r, safe_r.to(x_r.dtype), labels)
         if end is not None:
             goal = jump(goal, x_r, safe_r, end)
-        goal = torch.where(expand(at_end, goal).bool(), x_r, goal)
+        goal = torch.where(expand(at_end, goal), x_r, goal)
     with shared_dropout(online, dropout, x_t.device):
         prediction = online(x_t, t.to(x_t.dtype), labels)
     return prediction if end is None else jump(prediction, x_t, t, end), goal

@@ -160,8 +160,8 @@ class ReferenceMean(PosteriorMean):
                 own_sums(x_t, t, batch), self._sums_by_part(x_t, t, batch, references, active)
             )
             average = (sums.images / sums.weights[:, None]).reshape(x_t.shape)
-        mean = torch.where(expand(active, x_t).bool(), average.to(x_t.dtype), batch.x0)
-        if batch.notes is not None and "ess" not in batch.notes:
+        mean = torch.where(expand(active, x_t), average.to(x_t.dtype), batch.x0)
+        if batch.notes is not None:
             weights = sums.weights.double()
             ess, largest = weights.square() / sums.squares, 1 / weights
             shift = (mean - batch.x0).flatten(1).square().mean(1)

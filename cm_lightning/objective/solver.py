@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cm_lightning.objective.phases import jump
 from cm_lightning.objective.posterior import PosteriorMean
 from cm_lightning.types import Batch, expand
 
@@ -49,8 +50,7 @@ class Euler(Solver):
 
     def __call__(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch) -> Tensor:
         """Step from t to r."""
-        mean = self.posterior(x_t, t, batch)
-        return mean + expand(r / t, x_t) * (x_t - mean)
+        return jump(self.posterior(x_t, t, batch), x_t, t, r)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Heun(Solver):
         step = expand(r - t, x_t)
         slope = (x_t - self.posterior(x_t, t, batch)) / expand(t, x_t)
         euler = x_t + step * slope
+        batch = batch._replace(notes=None)
         if batch.references is not None:
             batch = batch._replace(references=batch.references._replace(nearest=None))
         second = (euler - self.posterior(euler, safe_r, batch)) / expand(safe_r, x_t)
-        return torch.where(expand(at_zero, x_t).bool(), euler, x_t + step * (slope + second) / 2)
+        return torch.where(expand(at_zero, x_t), euler, x_t + step * (slope + second) / 2)

@@ -146,7 +146,7 @@ class ConsistencyModule(L.LightningModule):
         Raises:
             InputError: If the denoiser learns a variance, which no such objective uses.
         """
-        if getattr(self.denoiser, "learn_variance", False):
+        if self.denoiser.learn_variance:
             raise InputError(
                 f"model.denoiser.learn_variance is true, and the loss of {type(self).__name__} "
                 "does not use it: set it to false."

@@ -133,7 +133,7 @@ def load_teacher(denoiser: Denoiser, teacher: Pretrained) -> Loaded:
             f"{loaded.info.get('regime')} and is a {type(loaded.denoiser).__name__}."
         )
     check_twin(denoiser, loaded.denoiser, f"teacher {path}")
-    if dropped := getattr(getattr(denoiser, "backbone", None), "label_dropout", 0):
+    if dropped := denoiser.label_dropout:
         raise InputError(
             f"model.denoiser has label_dropout {dropped:g}, but CD's teacher always sees labels: "
             "what the student does without one would not be distilled. Set it to 0."

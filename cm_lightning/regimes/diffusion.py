@@ -99,7 +99,7 @@ class Diffusion(ConsistencyModule):
         distance = self.distance(prediction, x0)
         weight = self.weighting(t, r, self.denoiser.sigma_data).to(distance.dtype)
         loss = distance * weight
-        if getattr(self.denoiser, "learn_variance", False):
+        if self.denoiser.learn_variance:
             u = self.denoiser.log_variance(t.to(x0.dtype))  # type: ignore[operator]
             loss = loss * (-u).exp() + x0[0].numel() * u
         return LossOutput(loss, distance.detach(), t, r)

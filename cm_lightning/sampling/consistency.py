@@ -56,7 +56,7 @@ def check_labels(denoiser: Denoiser, labels: Tensor | None, n: int) -> None:
     if not denoiser.num_classes:
         return
     if labels is None:
-        if getattr(getattr(denoiser, "backbone", None), "label_dropout", None) == 0:
+        if denoiser.label_dropout == 0:
             raise InputError(
                 f"The model was trained with labels alone (label_dropout 0): give labels in "
                 f"0..{denoiser.num_classes - 1}."

@@ -36,13 +36,11 @@ class GuidedDenoiser(Denoiser):
         super().__init__()
         if not scale >= 0:
             raise InputError(f"The guidance scale must be 0 or more (1 for none), got {scale:g}.")
-        if worse is None and scale != 1:
-            backbone = getattr(denoiser, "backbone", None)
-            if not denoiser.num_classes or not getattr(backbone, "label_dropout", 0):
-                raise InputError(
-                    "Classifier-free guidance needs a model trained with and without labels "
-                    "(label_dropout in its backbone); this one was not. Give a worse model instead."
-                )
+        if worse is None and scale != 1 and not (denoiser.num_classes and denoiser.label_dropout):
+            raise InputError(
+                "Classifier-free guidance needs a model trained with and without labels "
+                "(label_dropout in its backbone); this one was not. Give a worse model instead."
+            )
         if worse is not None and (
             worse.image_shape != denoiser.image_shape
             or worse.num_classes not in (0, denoiser.num_classes)
@@ -66,6 +64,11 @@ class GuidedDenoiser(Denoiser):
     def num_classes(self) -> int:
         """That of the model."""
         return self.denoiser.num_classes
+
+    @property
+    def label_dropout(self) -> float | None:
+        """That of the model."""
+        return self.denoiser.label_dropout
 
     @property
     def calls(self) -> int:

@@ -231,7 +231,7 @@ class Labelled(FunctionDenoiser):
     """Two answers: with and without a label."""
 
     num_classes = 8
-    backbone = SimpleNamespace(label_dropout=0.1)
+    label_dropout = 0.1
 
     def __init__(self) -> None:
         super().__init__(None)

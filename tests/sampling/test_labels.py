@@ -41,5 +41,6 @@ def test_wrong_labels_are_refused(sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
 def test_a_model_that_never_was_without_labels_is_not_sampled_without(sampler):
     net = network(label_dropout=0.0)
-    with pytest.raises(InputError, match=r"trained with labels alone .*: give labels in 0\.\.2"):
-        sampler(net, torch.randn(4, 1, 8, 8), None)
+    for model in (net, GuidedDenoiser(net, None, 1.0)):
+        with pytest.raises(InputError, match=r"with labels alone .*: give labels in 0\.\.2"):
+            sampler(model, torch.randn(4, 1, 8, 8), None)
