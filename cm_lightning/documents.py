@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from cm_lightning.modules import check_class_paths, denied, only, refused
 from cm_lightning.types import InputError
 
 __all__ = ["build", "check_form", "complaint", "one_line", "read_mapping", "read_value"]
@@ -191,56 +192,6 @@ _NAMES = {
 }
 
 
-_allowed: list[str] = []
-
-
-def allow_modules(*packages: str) -> None:
-    """Let files of weights and data name classes of these packages, besides this one's.
-
-    Importing a package runs its code: name those that you trust. Each call replaces the one before.
-
-    Args:
-        packages: Names such as ``my_package`` or ``my_package.networks``.
-
-    Raises:
-        InputError: If one is no name of a package.
-    """
-    for name in packages:
-        if not all(part.isidentifier() for part in name.split(".")):
-            raise InputError(
-                f"--allow_modules takes names of packages separated by commas, got '{name}'."
-            )
-    _allowed[:] = packages
-
-
-def check_class_paths(node: Any, where: str) -> None:
-    """Check that a config names classes of this package, and of those allowed, alone.
-
-    Args:
-        node: Any part of a config.
-        where: The file it comes from, for messages.
-
-    Raises:
-        InputError: If it names another one.
-    """
-    if isinstance(node, Mapping):
-        path = node.get("class_path")
-        if isinstance(path, str) and "." in path:
-            names = ("cm_lightning", *_allowed)
-            if not any(path.startswith(f"{name}.") for name in names):
-                raise InputError(
-                    f"{where} names the class '{path}': classes come from {', '.join(names)} "
-                    "alone, because importing a package runs its code. If you trust this one, add "
-                    f"--allow_modules {path.split('.')[0]} to the command line (in Python call "
-                    "cm_lightning.weights.allow_modules)."
-                )
-        for value in node.values():
-            check_class_paths(value, where)
-    elif isinstance(node, list):
-        for value in node:
-            check_class_paths(value, where)
-
-
 def build(types: Mapping[str, Any], content: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Make objects as a config describes them.
 
@@ -250,10 +201,12 @@ def build(types: Mapping[str, Any], content: Mapping[str, Any], where: str) -> d
         where: Where they come from, for messages.
 
     Raises:
-        InputError: If a description does not fit its type, or its class refuses its arguments.
+        InputError: If it names a class of another package, if a description does not fit its type,
+            or if its class refuses its arguments.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
+    check_class_paths(content, where)
     parser = ArgumentParser(exit_on_error=False)
     for key, kind in types.items():
         if isinstance(kind, type) and kind is not str and not isabstract(kind):
@@ -264,10 +217,13 @@ def build(types: Mapping[str, Any], content: Mapping[str, Any], where: str) -> d
         if content[key] is None:
             raise InputError(f"{where}: {key} must not be null.")
     try:
-        built = parser.instantiate(parser.parse_object(dict(content)))
+        with only():
+            built = parser.instantiate(parser.parse_object(dict(content)))
     except InputError:
         raise
     except ArgumentError as error:
+        if path := denied(str(error)):
+            raise refused(path, where) from error
         reason = one_line(str(error).split("Subclass types expect")[0])[:400]
         raise InputError(f"{where} does not fit: {reason}.") from error
     except Exception as error:  # the classes' own complaints

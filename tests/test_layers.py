@@ -12,7 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cm_lightning"
 LAYERS = [
     ["families", "transfer", "types", "version"],
-    ["archives", "dashboard", "documents", "dropout", "ema", "files", "sigmas"],
+    ["archives", "dashboard", "dropout", "ema", "files", "modules", "sigmas"],
+    ["documents"],
     ["objective", "networks", "sampling", "optim"],
     ["weights", "evaluation", "data", "loggers"],
     ["callbacks"],

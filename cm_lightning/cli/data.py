@@ -25,7 +25,6 @@ from cm_lightning.documents import build, check_form, read_mapping
 from cm_lightning.evaluation import FeatureExtractor, image_grid, reference_statistics, save_png
 from cm_lightning.files import offline, replacing
 from cm_lightning.types import InputError
-from cm_lightning.weights import check_class_paths
 
 __all__ = ["main"]
 
@@ -217,7 +216,6 @@ def build_features(config: Any, where: str) -> FeatureExtractor:
     Raises:
         InputError: If it is not one of this package.
     """
-    check_class_paths(config, where)
     what = f"The features that {where} describes"
     built: FeatureExtractor = build({"features": FeatureExtractor}, {"features": config}, what)[
         "features"
@@ -260,13 +258,11 @@ def prefetch(options: argparse.Namespace) -> None:
     if distance is not None and "LPIPS" in str(distance):
         from cm_lightning.objective import LPIPS, Distance
 
-        check_class_paths(distance, where)
         lpips = build({"distance": Distance}, {"distance": distance}, f"The distance of {where}")
         if isinstance(lpips["distance"], LPIPS):
             lpips["distance"].prepare(None)
         print("distance  LPIPS: weights are there")
     if content.get("data") is not None:
-        check_class_paths(content["data"], where)
         given = {"data": content["data"]}
         data = build({"data": ImageDataModule}, given, f"`data` of {where}")["data"]
         data.prepare_data()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import signal
 import sys
@@ -16,8 +17,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
-from cm_lightning.cli.modules import name_modules, refusal
 from cm_lightning.documents import one_line
+from cm_lightning.modules import CONFIG, allow_modules, denied, refused
 from cm_lightning.types import InputError
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "about_machine",
     "fail",
     "finite",
+    "name_modules",
     "readable_errors",
     "whole",
 ]
@@ -129,6 +131,17 @@ def finite(text: str) -> float:
     return value
 
 
+def name_modules(names: list[str]) -> None:
+    """Allow packages by name, those of the current folder too, which are found after all others.
+
+    Raises:
+        InputError: If one is no name of a package.
+    """
+    allow_modules(*names)
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 class CommandParser(argparse.ArgumentParser):
     """Parser of a command without a config; its errors are one sentence."""
 
@@ -165,8 +178,8 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and exit with code 2."""
         ours = None if ex is None else about_input(ex)
-        if denied := re.search(r"Importing '([^']+)' is not allowed", message):
-            ours = refusal(denied[1])
+        if path := denied(message):
+            ours = str(refused(path, "The config", CONFIG))
         fail("cm-fit", ours or self.explain() or shorten(message))
 
 

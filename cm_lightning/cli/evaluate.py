@@ -27,6 +27,7 @@ from cm_lightning.evaluation import reference_name
 from cm_lightning.evaluation.images import save_npz
 from cm_lightning.evaluation.scores import SCORES, check_scores, scores
 from cm_lightning.files import hash_tensors
+from cm_lightning.modules import check_class_paths
 from cm_lightning.sampling import (
     EulerSampler,
     GuidedDenoiser,
@@ -37,7 +38,7 @@ from cm_lightning.sampling import (
 )
 from cm_lightning.transfer import keep_fp32
 from cm_lightning.types import InputError
-from cm_lightning.weights import check_class_paths, load_weights
+from cm_lightning.weights import load_weights
 
 __all__ = ["main"]
 

@@ -26,7 +26,6 @@ from cm_lightning.evaluation.reference import Statistics
 from cm_lightning.evaluation.scores import Outputs, extract
 from cm_lightning.sampling import GuidedDenoiser, Sampler, draw_images, draw_labels, evaluating
 from cm_lightning.types import Denoiser, InputError
-from cm_lightning.weights import check_class_paths
 
 __all__ = [
     "Against",
@@ -96,7 +95,6 @@ def read_against(config: Mapping[str, Any], where: str) -> Against:
         del types["data"]
     else:
         parts["data"] = config["data"]
-    check_class_paths(parts, where)
     built = build(types, parts, f"`fid` or `data` of {where}")
     extractor, data = built["features"], built.get("data")
     reference = "auto" if built["reference"] is None else built["reference"]

@@ -29,17 +29,24 @@ from cm_lightning.callbacks import (
     RunRecordCallback,
     SamplesCallback,
 )
-from cm_lightning.cli.errors import Parser, about_input, about_machine, fail, readable_errors
+from cm_lightning.cli.errors import (
+    Parser,
+    about_input,
+    about_machine,
+    fail,
+    name_modules,
+    readable_errors,
+)
 from cm_lightning.cli.fit_check import check
 from cm_lightning.cli.fit_run import COMMAND, fit, out_of_memory
 from cm_lightning.cli.help import fit_help, wants_help
 from cm_lightning.cli.keys import check_keys, misfit
-from cm_lightning.cli.modules import allow_modules
 from cm_lightning.cli.run_dir import RunPlan, plan_run
 from cm_lightning.data import ImageDataModule
 from cm_lightning.documents import complaint, one_line
 from cm_lightning.ema import ConstantEMA
 from cm_lightning.loggers import MetricsCSV, WandbOptions, say, wandb_logger
+from cm_lightning.modules import CONFIG, only
 from cm_lightning.regimes import ConsistencyModule
 from cm_lightning.sampling import DEFAULT_SAMPLERS
 from cm_lightning.types import InputError
@@ -273,13 +280,29 @@ def main(args: list[str] | None = None) -> None:
         if "--help_all" in argv:
             sys.argv[1:] = ["--help"]
         else:
-            allow_modules(argv)
+            name_modules(allowed_by(argv))
             check_keys(argv, GROUPS, SCALARS)
-        cli = FitCLI(args)
+        with only(CONFIG):
+            cli = FitCLI(args)
         try:
             (check if cli.config["check"] else fit)(cli)
         except torch.OutOfMemoryError as error:
             fail(COMMAND, out_of_memory(cli, error), 1)
+
+
+def allowed_by(argv: list[str]) -> list[str]:
+    """Packages that ``--allow_modules`` names; a config cannot allow itself anything.
+
+    Args:
+        argv: Command line without the program.
+    """
+    found: list[str] = []
+    for number, word in enumerate(argv):
+        key, equals, value = word.partition("=")
+        if key == "--allow_modules":
+            value = value if equals else "".join(argv[number + 1 : number + 2])
+            found += value.split(",")
+    return found
 
 
 def quiet() -> None:

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, get_args, get_type_hints
 
 from cm_lightning.cli.hints import fits, takes_null, words
-from cm_lightning.cli.modules import check_module
 from cm_lightning.documents import one_line, read_mapping, read_value
+from cm_lightning.modules import CONFIG, check_class
 from cm_lightning.types import InputError
 
 __all__ = ["check_keys", "given_keys", "misfit", "plain"]
@@ -251,7 +251,7 @@ def _resolve(name: str) -> type | None:
     if name.endswith((".yaml", ".yml", ".json")) or not re.fullmatch(r"\w+(\.\w+)*", name):
         return None  # a file with the config of a part, or the part itself as text
     if "." in name:
-        check_module(name)
+        check_class(name, "The config", CONFIG)
         module, _, attribute = name.rpartition(".")
         try:
             found = getattr(importlib.import_module(module), attribute, None)

@@ -1,6 +1,6 @@
 """Reading and writing weights, safely."""
 
-from cm_lightning.documents import allow_modules, check_class_paths
+from cm_lightning.modules import allow_modules
 from cm_lightning.weights.diffusers import read_diffusers, write_diffusers
 from cm_lightning.weights.edm_pickle import LICENCE, EDMNetwork, read_edm_pickle
 from cm_lightning.weights.openai import OPENAI_LICENCE, read_openai
@@ -29,7 +29,6 @@ __all__ = [
     "allow_modules",
     "averages_of",
     "build_denoiser",
-    "check_class_paths",
     "check_weights",
     "from_pretrained",
     "is_public",

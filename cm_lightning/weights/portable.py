@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cm_lightning.documents import build, check_class_paths, check_form, read_mapping
+from cm_lightning.documents import build, check_form, read_mapping
 from cm_lightning.ema import snapshot_nimg
 from cm_lightning.files import is_intact, read_weights, save_tensors, write_json
+from cm_lightning.modules import check_class_paths
 from cm_lightning.networks import ConsistencyPrecond
 from cm_lightning.types import Denoiser, InputError
 from cm_lightning.version import __version__

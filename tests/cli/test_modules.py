@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
+from cm_lightning.modules import only
 from cm_lightning.types import InputError
 from cm_lightning.weights import allow_modules, from_pretrained
 from tests.cli.conftest import DIGITS
@@ -66,7 +70,7 @@ def test_other_packages_in_a_file(fit, program, tmp_path, package, short):
     (tmp_path / "x.yaml").write_text(yaml.safe_dump({"allow_modules": "stranger", "model": model}))
     done = fit(tmp_path / "run", "--config", tmp_path / "x.yaml")
     assert done.code == 2
-    assert "names 'stranger.Own'" in done.err
+    assert "names the class 'stranger.Own'" in done.err
     assert "--allow_modules stranger" in done.err
     assert not package.exists()
 
@@ -144,3 +148,90 @@ def test_a_network_of_your_own_from_training_to_tuning(program, tmp_path, packag
     assert done.code == 0, done.err
     done = program("cm-sample", run, "--out", tmp_path / "x", "--allow_modules", "a b")
     assert "separated by commas, got 'a b'" in done.err
+
+
+CODE = "import os\nopen({!r}, 'w').close()\ndef forward(self): pass\n"
+
+
+def runs(mark) -> dict[str, object]:
+    """Descriptions of a backbone that would run code, by the way they take."""
+    graph = "torch.fx.graph_module.reduce_graph_module"
+    body = {"class_path": graph, "init_args": {"import_block": "", "body": {"code": mark}}}
+    inside = {"in_features": 1, "out_features": 1}
+    shell = {"class_path": "cm_lightning.callbacks.run_record.subprocess.Popen"}
+    device = {"device": shell | {"init_args": {"args": mark, "shell": True}}}
+    linear = "cm_lightning.networks.layers.nn.Linear"
+    own = {"class_path": "cm_lightning.networks.SongUNet"}
+    return {
+        "mapping": body,
+        "text": json.dumps(body),
+        "attributes of a module": {"class_path": linear, "init_args": inside | device},
+        "text of a module": "this.s",
+        "untyped argument": own | {"init_args": {"img_resolution": 8, "resample_filter": device}},
+    }
+
+
+@pytest.mark.parametrize("way", runs("").keys())
+def test_no_description_of_a_network_runs_code(way, program, tmp_path, capsys):
+    mark = tmp_path / "mark"
+    words = CODE.format(str(mark)) if "attr" not in way and "unt" not in way else f"touch {mark}"
+    init = {"backbone": runs(words)[way]}
+    denoiser = {"class_path": "cm_lightning.networks.EDMPrecond", "init_args": init}
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"denoiser": denoiser}))
+    save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+    for name, arguments in {
+        "cm-weights": ["inspect", folder],
+        "cm-sample": [folder, "--out", tmp_path / "out"],
+    }.items():
+        done = program(name, *arguments)
+        assert done.code == 2
+        assert "config.json" in done.err
+    with pytest.raises(InputError):
+        from_pretrained(folder)
+    model = {"class_path": "ECT", "init_args": {"denoiser": denoiser}}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({"model": model}))
+    done = program("cm-fit", "--config", DIGITS, "--config", tmp_path / "x.yaml", "--check")
+    assert done.code == 2
+    assert "this" not in sys.modules
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [
+            "--trainer.strategy",
+            "{class_path: DDPStrategy, init_args: {ddp_comm_state: {class_path: "
+            "torch.fx.graph_module._exec_with_source, init_args: {src: 'MARK', globals: {}}}}}",
+        ],
+        [
+            "--trainer.callbacks",
+            "[{class_path: lightning.pytorch.callbacks.LambdaCallback, init_args: {on_fit_start: "
+            "cm_lightning.cli.fit.main}}]",
+        ],
+        ["--trainer.callbacks", "[{class_path: LambdaCallback}]"],
+        ["--model.optimizer", "{class_path: torch.distributed.launcher.api.elastic_launch}"],
+    ],
+)
+def test_what_runs_code_in_torch_and_lightning_is_closed(words, fit, tmp_path):
+    mark = tmp_path / "mark"
+    words = [word.replace("MARK", f"open({str(mark)!r}, 'w')") for word in words]
+    done = fit(tmp_path / "run", *words)
+    assert done.code == 2
+    assert "classes come from cm_lightning, torch.optim, Lightning's callbacks" in done.err
+    assert "--allow_modules torch" not in done.err
+    assert "--allow_modules lightning" not in done.err
+    assert not mark.exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_the_parser_are_put_back():
+    """They are global: a program of the user's has its own."""
+    from jsonargparse import _common
+
+    before = dict(_common.parsing_settings)
+    with only():
+        assert _common.parsing_settings["import_path_verdicts"]["*"] is False
+    assert _common.parsing_settings == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cm_lightning.sampling import euler, heun, multistep, phased
+from cm_lightning.sampling import GuidedDenoiser, euler, heun, multistep, phased
 from cm_lightning.types import InputError
 from tests.sampling.test_guidance import network
 

@@ -1,0 +1,148 @@
+"""Which classes a file may name: it is data, and naming a class must not run what it likes.
+
+Configs, weights and studies come from others. Their ``class_path`` is a class of this package, in a
+config of ``cm-fit`` also an optimizer of torch or a part of Lightning's trainer; anything else is
+imported only if the user names its package. The rest of torch and Lightning is closed: both have
+classes and functions that run code given as text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from cm_lightning.types import InputError
+
+__all__ = [
+    "CONFIG",
+    "allow_modules",
+    "check_class",
+    "check_class_paths",
+    "denied",
+    "only",
+    "refused",
+]
+
+WEIGHTS = ("cm_lightning",)
+"""Packages of classes in files of weights, data and evaluations."""
+
+LIGHTNING = ("callbacks", "loggers", "strategies", "plugins", "profilers", "accelerators")
+CONFIG = (
+    "cm_lightning",
+    "torch.optim",
+    *(f"lightning.pytorch.{part}" for part in LIGHTNING),
+    *(f"lightning.fabric.{part}" for part in ("strategies", "plugins", "accelerators")),
+)
+"""Those in a config of ``cm-fit``."""
+CLOSED = ("lightning.pytorch.callbacks.lambda_function",)
+"""Parts of them that call whatever they are given."""
+
+_allowed: list[str] = []
+
+
+def allow_modules(*packages: str) -> None:
+    """Let files name classes of these packages, besides this one's.
+
+    Importing a package runs its code: name those that you trust. Each call replaces the one before.
+
+    Args:
+        packages: Names such as ``my_package`` or ``my_package.networks``.
+
+    Raises:
+        InputError: If one is no name of a package.
+    """
+    for name in packages:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise InputError(
+                f"--allow_modules takes names of packages separated by commas, got '{name}'."
+            )
+    _allowed[:] = packages
+
+
+def check_class(path: str, where: str, packages: tuple[str, ...] = WEIGHTS) -> None:
+    """Check the dotted path of a class before anything of it is imported.
+
+    Args:
+        path: The path.
+        where: The file it comes from, for messages.
+        packages: Packages of its kind of file.
+
+    Raises:
+        InputError: If its package is not allowed.
+    """
+
+    def under(names: tuple[str, ...]) -> bool:
+        return any(path == name or path.startswith(f"{name}.") for name in names)
+
+    if not under(tuple(_allowed)) and (under(CLOSED) or not under(packages)):
+        raise refused(path, where, packages)
+
+
+def refused(path: str, where: str, packages: tuple[str, ...] = WEIGHTS) -> InputError:
+    """Why a class is not taken."""
+    root = path.split(".")[0]
+    known = [name for name in packages if not name.startswith("lightning.")] + _allowed
+    if packages == CONFIG:
+        known.append(f"Lightning's {', '.join(LIGHTNING)}")
+    text = f"{where} names the class '{path}': classes come from {', '.join(known)}"
+    if root in ("torch", "lightning"):
+        return InputError(f"{text} alone, as others there run code that a file may hold.")
+    return InputError(
+        f"{text} alone, because importing a package runs its code. If you trust this one, add "
+        f"--allow_modules {root} to the command line (in Python call "
+        "cm_lightning.weights.allow_modules)."
+    )
+
+
+def check_class_paths(node: Any, where: str) -> None:
+    """Check that a file names classes of this package, and of those allowed, alone.
+
+    Args:
+        node: Any part of its content.
+        where: The file, for messages.
+
+    Raises:
+        InputError: If it names another one.
+    """
+    if isinstance(node, Mapping):
+        path = node.get("class_path")
+        if isinstance(path, str) and "." in path:
+            check_class(path, where)
+        for value in node.values():
+            check_class_paths(value, where)
+    elif isinstance(node, list):
+        for value in node:
+            check_class_paths(value, where)
+
+
+@contextmanager
+def only(packages: tuple[str, ...] = WEIGHTS) -> Iterator[None]:
+    """Within the context, jsonargparse imports of these packages and those allowed alone.
+
+    It reads texts as YAML, follows attributes of modules and takes functions for classes, which
+    :func:`check_class_paths` does not see; it looks at where a thing is defined, too. Untyped
+    arguments are never made into objects. Its settings are global: they are put back.
+
+    Args:
+        packages: Packages of the kind of file that is read.
+    """
+    from jsonargparse import _common, set_parsing_settings
+
+    before = dict(_common.parsing_settings)  # there is no public way to read them
+    try:
+        set_parsing_settings(
+            import_path_denylist=["*", *CLOSED],
+            import_path_allowlist=[*packages, *_allowed],
+            instantiate_subclass_spec_in_any=False,
+        )
+        yield
+    finally:
+        _common.parsing_settings.update(before)
+
+
+def denied(message: str) -> str | None:
+    """Path of the class that jsonargparse refused to import, by its message."""
+    found = re.search(r"Importing '([^']+)' is not allowed", message)
+    return found[1] if found else None
