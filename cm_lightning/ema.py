@@ -26,6 +26,7 @@ __all__ = [
     "posthoc_coefficients",
     "power_exponent",
     "snapshot_nimg",
+    "snapshot_of",
     "update_average",
 ]
 
@@ -263,6 +264,15 @@ def update_average(average: Sequence[Tensor], weights: Sequence[Tensor], beta: f
             torch._foreach_lerp_(list(average), same, 1 - beta)
 
 
+def snapshot_of(name: str) -> str | None:
+    """Profile of a snapshot's name ``<profile>@<share>``, ``None`` if it is no such name."""
+    profile, _, share = name.rpartition("@")
+    try:
+        return profile if 0 < float(share) < 1 and f"{float(share):g}" == share else None
+    except ValueError:
+        return None
+
+
 def snapshot_nimg(name: str, total_nimg: int, batch: int) -> int | None:
     """Images seen by the average of a snapshot.
 
@@ -274,5 +284,6 @@ def snapshot_nimg(name: str, total_nimg: int, batch: int) -> int | None:
     Returns:
         Images after the step that reached the share; ``None`` for the name of a profile.
     """
-    _, at, share = name.partition("@")
-    return math.ceil(float(share) * total_nimg / batch) * batch if at else None
+    if snapshot_of(name) is None:
+        return None
+    return math.ceil(float(name.rpartition("@")[2]) * total_nimg / batch) * batch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cm_lightning.callbacks.step import StepCallback
-from cm_lightning.ema import ConstantEMA, EMAProfile, update_average
+from cm_lightning.ema import ConstantEMA, EMAProfile, snapshot_of, update_average
 from cm_lightning.types import Denoiser, InputError
 
 __all__ = ["LIVE", "EMACallback", "find_ema"]
@@ -148,7 +148,7 @@ class EMACallback(StepCallback):
                     f"The checkpoint has no EMA profile '{name}' (it has {sorted(stored)}): "
                     "an average cannot start in mid-run."
                 )
-        kept = {name: value for name, value in stored.items() if "@" in name}
+        kept = {name: value for name, value in stored.items() if snapshot_of(name) in self.names}
         self._loaded = {name: stored[name] for name in self.names} | kept
 
 

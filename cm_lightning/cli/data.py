@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,7 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--resolution", type=whole(16384), help="height and width of the stored images")
     add("--channels", type=int, choices=(1, 3), help="[those of the first image]")
-    add("--workers", type=whole(1024), default=0, help="processes that decode; 0 for this one [0]")
+    add(
+        "--workers",
+        type=whole(1024, least=0),
+        default=0,
+        help="that decode; 0 for this process [0]",
+    )
     add("--skip_corrupt", action="store_true", help="leave out images that cannot be read")
     inspect = actions.add_parser("inspect", help="say what a store holds")
     inspect.add_argument("store", help="folder of a store")
@@ -78,6 +84,7 @@ def _table(texts: Mapping[str, str]) -> str:
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``cm-data``."""
     options = build_parser().parse_args(args)
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # workers import nothing of the current folder
     with readable_errors(COMMAND):
         actions = {"convert": bring, "inspect": inspect, "stats": stats, "prefetch": prefetch}
         actions[options.action](options)
@@ -85,10 +92,6 @@ def main(args: list[str] | None = None) -> None:
 
 def bring(options: argparse.Namespace) -> None:
     """Convert a source."""
-    for name, least in (("resolution", 1), ("workers", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name} must be {least} or more, got {value}.")
     if options.transform != "none" and options.resolution is None:
         raise InputError(f"--transform {options.transform} needs --resolution.")
     if options.transform == "none" and options.resolution is not None:
@@ -179,8 +182,6 @@ def inspect(options: argparse.Namespace) -> None:
 
 def stats(options: argparse.Namespace) -> None:
     """Write reference statistics."""
-    if options.batch < 1:
-        raise InputError(f"--batch must be 1 or more, got {options.batch}.")
     if Path(options.out).suffix != ".npz":
         raise InputError(f"--out must end in .npz, got {options.out}.")
     store = ImageStore(options.store)

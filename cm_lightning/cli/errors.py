@@ -105,16 +105,18 @@ def about_input(error: BaseException) -> str | None:
     return None
 
 
-def whole(most: int = 10**7) -> Callable[[str], int]:
-    """Type of an option that is a whole number, no larger than this up or down."""
+def whole(most: int = 10**7, least: int = 1) -> Callable[[str], int]:
+    """Type of an option that is a whole number from ``least`` to ``most``."""
 
     def read(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = most + 1
-        if abs(value) > most:
-            raise argparse.ArgumentTypeError(f"a whole number up to {most:,}, not '{text[:50]}'")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"a whole number from {least} to {most:,} is needed, not '{text[:50]}'"
+            )
         return value
 
     return read

@@ -82,6 +82,7 @@ def plan_run(config: Any, text: str) -> RunPlan:
             "directory, or --resume auto to continue it."
         )
     if occupied:
+        check_links(run_dir)
         changed = differences(read_config(old), yaml.safe_load(text))
         if changed:
             raise InputError(
@@ -100,6 +101,18 @@ def plan_run(config: Any, text: str) -> RunPlan:
     return RunPlan(run_dir, checkpoint, text, *known)
 
 
+def check_links(run_dir: Path) -> None:
+    """Check that the folders of a run are not those of another one.
+
+    Raises:
+        InputError: If a link leads into another run, whose files this one would replace.
+    """
+    for folder in ("checkpoints", "samples", "weights"):
+        other = (run_dir / folder).resolve().parent
+        if other != run_dir.resolve() and (other / "config.yaml").exists():
+            raise InputError(f"{run_dir / folder} is a link into another run, {other}: remove it.")
+
+
 def check_writable(run_dir: Path) -> None:
     """Check that a run directory could be written, without writing.
 
@@ -115,6 +128,8 @@ def check_writable(run_dir: Path) -> None:
 
 _PLACES = {"dirpath", "filename", "save_dir", "root_dir", "log_dir", "output_filename", "dir"}
 """Arguments of Lightning's classes that say where they write."""
+_PARTS = {"name", "version", "sub_dir"}
+"""Arguments of its loggers that become folders there."""
 
 
 def check_places(trainer: Any, run_dir: Path) -> None:
@@ -131,6 +146,12 @@ def check_places(trainer: Any, run_dir: Path) -> None:
         raise InputError("trainer.default_root_dir cannot be set: --run_dir is the place of a run.")
     for key, value in flatten(json.loads(json.dumps(trainer.as_dict(), default=str))):
         name = key.split(".")[-1]
+        parts = set(Path(f"{value}").parts)
+        if name in _PARTS and key.startswith("logger") and parts & {"..", "/"}:
+            raise InputError(
+                f"trainer.{key.replace('.init_args', '')} is {value}, which leads out of the run "
+                f"directory: give a plain name."
+            )
         if name in _PLACES and value is not None:
             inside = run_dir.resolve()
             place = (inside / str(value) if "filename" in name else Path(str(value))).resolve()

@@ -77,13 +77,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="first-order sampler instead, STEPS calls",
     )
     add("--n", type=whole(), default=64, help="number of images [64]")
-    add("--seed", type=whole(2**53), default=0, help="seed of the noise [0]")
+    add("--seed", type=whole(2**53, least=0), default=0, help="seed of the noise [0]")
     add(
         "--out",
         required=True,
         help="folder for the images and samples.json, their record; existing files stay",
     )
-    add("--labels", type=whole(), nargs="+", help="classes, repeated as needed [0 1 2 ...]")
+    add("--labels", type=whole(least=-1), nargs="+", help="classes, repeated as needed [0 1 2 ...]")
     add("--ema", help="EMA profile of a run, or live [the run's first profile]")
     add_guidance(parser, "several write a folder each")
     add("--grid", action="store_true", help="write one picture, grid.png")
@@ -176,10 +176,6 @@ def choose_device(name: str | None) -> torch.device:
 
 def run(options: argparse.Namespace) -> None:
     """Check everything, then draw and write."""
-    if options.n < 1 or options.batch < 1:
-        raise InputError(f"--n and --batch must be 1 or more, got {options.n}, {options.batch}.")
-    if options.seed < 0:
-        raise InputError(f"--seed must be 0 or more, got {options.seed}.")
     device = choose_device(options.device)
     denoiser, info, _ = load_weights(options.source, options.ema)
     phases = options.phases

@@ -15,7 +15,7 @@ import numpy as np
 
 from cm_lightning.callbacks.checkpoints import INTERRUPTED
 from cm_lightning.cli import evaluate
-from cm_lightning.cli.errors import CommandParser, fail, readable_errors
+from cm_lightning.cli.errors import CommandParser, fail, readable_errors, whole
 from cm_lightning.cli.fit import GROUPS, SCALARS
 from cm_lightning.cli.keys import check_keys
 from cm_lightning.cli.study_file import Arm, Study, Tuning, merged, read_study
@@ -67,7 +67,12 @@ def training_minutes(folders: Sequence[Path]) -> float:
 
 
 def execute(
-    study: Study, out: Path, only: Sequence[str] = (), jobs: int = 1, search: bool = False
+    study: Study,
+    out: Path,
+    only: Sequence[str] = (),
+    jobs: int = 1,
+    search: bool = False,
+    modules: str | None = None,
 ) -> dict[str, Any]:
     """Run a study.
 
@@ -78,6 +83,7 @@ def execute(
         jobs: Runs at a time.
         search: Search the values of all arms that are not tuned as another one, those known too,
             and stop there.
+        modules: Packages whose classes its configs may name, separated by commas.
 
     Returns:
         What :data:`~cm_lightning.cli.study_report.OUTCOME` describes; after a search alone its
@@ -108,7 +114,7 @@ def execute(
         Run(name, arm.config, arm.options, {} if search else arm.evaluate)
         for name, arm in study.first.items()
     ]
-    with Runner(out, total, jobs, first, study.lengths) as runner:
+    with Runner(out, total, jobs, first, study.lengths, modules) as runner:
         if search:
             assert tune is not None
             means = _search({name: arms[name] for name in searched}, tune, runner)
@@ -134,7 +140,12 @@ def check_arm(arm: Arm, tried: dict[str, Any], out: Path) -> None:
             raise InputError(f"An evaluation takes options of cm-eval that score, got {options}.")
         parser = evaluate.build_parser()
         parser.prog = COMMAND  # in its messages
-        parser.parse_args(["run", *options])
+        found = parser.parse_args(["run", *options])
+        if found.out is not None or found.allow_modules is not None:
+            raise InputError(
+                f"An evaluation of a study may not say --out or --allow_modules, got {options}: it "
+                "has a folder of its own, and packages are allowed on the command line of cm-study."
+            )
 
 
 def _arms(
@@ -250,7 +261,8 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_argument("study", help="YAML file, as in configs/studies")
     parser.add_argument("--out", help="folder of the runs [runs/<name of the file>]")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
+    parser.add_argument("--jobs", type=whole(), default=1, help="runs at a time [1]")
+    parser.add_allow_modules()
     parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="arms to run [all]")
     parser.add_argument(
         "--search",
@@ -265,12 +277,12 @@ def main(args: list[str] | None = None) -> None:
             if name not in study.arms:
                 fail(COMMAND, f"--only {name}: the arms are {', '.join(study.arms)}.")
         out = Path(options.out or Path("runs") / path.stem)
-        if options.jobs < 1:
-            fail(COMMAND, f"--jobs must be 1 or more, got {options.jobs}.")
         if options.search and study.tune is None:
             fail(COMMAND, f"--search: {path} has no `tune`.")
         with interruptible():
-            outcome = execute(study, out, options.only, options.jobs, options.search)
+            outcome = execute(
+                study, out, options.only, options.jobs, options.search, options.allow_modules
+            )
         if options.search:
             print(f"\n{table(*search_table(outcome))}")
             return

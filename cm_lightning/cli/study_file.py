@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -220,14 +220,19 @@ def scaled(options: dict[str, Any], lengths: list[str], share: float) -> dict[st
     """
     if share == 1:
         return options
-    named = {plain(key) for key in lengths}
-    found = {key: value for key, value in options.items() if plain(str(key)) in named}
+    found = _lengths(options, lengths)
     for key, value in found.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise InputError(f"The length {key} must be a number, got {value!r}.")
     if not found:
-        raise InputError("A share or time_of needs one of the options that `lengths` names.")
+        raise InputError("A share needs one of the options that `lengths` names.")
     return options | {key: float(f"{share * value:.4g}") for key, value in found.items()}
+
+
+def _lengths(options: Mapping[str, Any], lengths: Sequence[str]) -> dict[str, Any]:
+    """The options that hold a length."""
+    named = {plain(key) for key in lengths}
+    return {key: value for key, value in options.items() if plain(str(key)) in named}
 
 
 def _arms(
@@ -262,7 +267,13 @@ def _arms(
         share = 1.0 if given.get("share") is None else float(given["share"])
         if not share > 0:
             raise InputError(f"{where}: share must be positive, got {share:g}.")
-        options = scaled(options, content.get("lengths") or [], share)
+        lengths = content.get("lengths") or []
+        sized = bool(_lengths(options, lengths))
+        if share != 1 and not sized:
+            raise InputError(f"{where}: a share needs an option that `lengths` names.")
+        if any(plain(str(key)) == "allow_modules" for key in options):
+            raise InputError(f"{where}: allow_modules belongs to the command line of cm-study.")
+        options = scaled(options, lengths, share)
         of, time_of = given.get("of"), given.get("time_of")
         if time_of is not None:
             other = arms.get(time_of)
@@ -271,7 +282,8 @@ def _arms(
                     f"{where}: time_of takes an earlier arm of a fixed length, and needs `of`, "
                     "another one, and no share."
                 )
-            scaled(options, content.get("lengths") or [], 0.5)  # there is something to scale
+            if not sized:
+                raise InputError(f"{where}: time_of needs an option that `lengths` names.")
         tuned_as = given.get("tuned_as", of if tuned and name not in known else None)
         own = scores | (given.get("evaluate") or {})
         evaluate = {key: [str(word) for word in words] for key, words in own.items()}
@@ -295,6 +307,10 @@ def _check(study: Study, path: Path) -> None:
             raise InputError(f"{path}: '{name}' names a folder: take letters, digits, - and _.")
     for name in study.arms.keys() & study.first.keys():
         raise InputError(f"{path}: {name} is both an arm and a first run.")
+    for name, arm in (study.arms | study.first).items():
+        for other in re.findall(r"\{study\}/([\w.+-]+)", json.dumps(arm.options)):
+            if other not in study.first:
+                raise InputError(f"{path}: {name} needs the run {other}, which `first` lacks.")
     pairs = [pair for pairs in study.questions.values() for pair in pairs]
     for pair in pairs:
         if len(pair) != 2 or len({" | " in side for side in pair}) > 1:

@@ -64,6 +64,7 @@ class Runner:
         jobs: Processes at a time, >= 1; they share the cores.
         first: Runs that others need; those that need none are made beside them.
         lengths: Options that a run's share multiplies.
+        modules: Packages whose classes the configs may name, separated by commas.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class Runner:
         jobs: int,
         first: Sequence[Run] = (),
         lengths: Sequence[str] = (),
+        modules: str | None = None,
     ) -> None:
         self.out, self.total, self.jobs, self.lengths = out, total, jobs, list(lengths)
+        self._allow = [] if modules is None else ["--allow_modules", modules]
         self.number = self.trained = 0
         self._started = time.perf_counter()
         self._lock = threading.Lock()
@@ -163,7 +166,7 @@ class Runner:
                 arm = run.name.split("/")[0]
                 known = {"wandb.name": run.name, "wandb.group": self.out.name, "wandb.tags": [arm]}
                 options = known | options
-            words = ["--config", str(run.config), *option_words(options, self.out)]
+            words = ["--config", str(run.config), *option_words(options, self.out), *self._allow]
             self._command(run, ["cm_lightning.cli.fit", *words], OPTIONS, self._note(run))
             found = finished(folder)
             if found is None:
@@ -175,8 +178,8 @@ class Runner:
                 self._check_note(run, start, note)
             ended = f"Written to {place / 'eval.md'}" in self._logged(run, start)[1]
             if missing or not ended or not (place / "eval.json").is_file():
-                where = ["--out", str(place)]
-                command = ["cm_lightning.cli.evaluate", str(folder), *where, *words]
+                where = ["--out", str(place), *self._allow]
+                command = ["cm_lightning.cli.evaluate", str(folder), *words, *where]
                 self._command(run, command, start, note)
             found |= evaluated(name, place)
         with self._lock:

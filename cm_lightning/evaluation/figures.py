@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cm_lightning.families import FAMILIES
+from cm_lightning.files import replacing
 from cm_lightning.objective import Discretization
 from cm_lightning.types import InputError
 
@@ -139,8 +140,8 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         figure: The figure.
         path: File to write; its folder is made.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, format="png")
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
 
 
 def _figure(lines: int, columns: int) -> tuple[Figure, list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +81,7 @@ def reference_statistics(
         path = Path(cache) / "reference" / f"{fingerprint[:16]}-{features[:16]}.npz"
     cached = None
     if path is not None and rank == 0:
-        cached = _read_cache(path, fingerprint, features, (n, extractor.num_features))
+        cached = _read_cache(path, fingerprint, features, store_images, extractor.num_features)
     if world > 1:
         cached = _broadcast(cached, (n, extractor.num_features), torch.device(device))
     if cached is not None:
@@ -91,7 +92,7 @@ def reference_statistics(
         distributed.all_reduce(outer)
     result = Statistics.from_sums(total.cpu(), outer.cpu(), n)
     if path is not None and rank == 0:
-        _write_cache(path, fingerprint, features, result)
+        _write_cache(path, fingerprint, features, store_images, result)
     return result
 
 
@@ -200,21 +201,43 @@ def _broadcast(
 
 
 def _read_cache(
-    path: Path, fingerprint: str, features: str, shape: tuple[int, int]
+    path: Path, fingerprint: str, features: str, images: npt.NDArray[np.uint8], d: int
 ) -> Statistics | None:
-    """The cached statistics, or ``None`` if there are none or they are not of this data."""
-    arrays = (_read_npz(path) if path.is_file() else None) or {}
-    expected = {"fingerprint": fingerprint, "features": features, "n": str(shape[0])}
+    """The cached statistics, or ``None`` if there are none or they are not of this data.
+
+    A store says its own fingerprint. So that one with a wrong one leaves no statistics for others,
+    some of the images that these were made of are compared, which it could not know beforehand.
+    """
+    arrays, n = (_read_npz(path) if path.is_file() else None) or {}, len(images)
+    expected = {"fingerprint": fingerprint, "features": features, "n": str(n)}
     if any(str(arrays.get(key)) != value for key, value in expected.items()):
+        return None
+    rows = arrays.get("rows", np.zeros(0))
+    if (
+        rows.dtype != np.int64
+        or rows.ndim != 1
+        or not len(rows)
+        or rows.min() < 0
+        or rows.max() >= n
+    ):
+        return None
+    if str(arrays.get("pixels")) != _pixels(images, rows):
         return None
     try:
         mu, sigma = load_statistics(path)
     except InputError:
         return None
-    return Statistics(mu, sigma, shape[0]) if len(mu) == shape[1] else None
+    return Statistics(mu, sigma, n) if len(mu) == d else None
 
 
-def _write_cache(path: Path, fingerprint: str, features: str, result: Statistics) -> None:
+def _pixels(images: npt.NDArray[np.uint8], rows: npt.NDArray[np.int64]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(images[rows]).tobytes()).hexdigest()
+
+
+def _write_cache(
+    path: Path, fingerprint: str, features: str, images: npt.NDArray[np.uint8], result: Statistics
+) -> None:
+    rows = np.sort(np.random.default_rng().choice(len(images), min(64, len(images)), replace=False))
     with replacing(path) as partial:
         np.savez(
             partial,
@@ -223,6 +246,8 @@ def _write_cache(path: Path, fingerprint: str, features: str, result: Statistics
             n=np.array(result.n),
             fingerprint=np.array(fingerprint),
             features=np.array(features),
+            rows=rows,
+            pixels=np.array(_pixels(images, rows)),
         )
 
 

@@ -297,7 +297,7 @@ def _load_checkpoint(path: Path, config_path: Path, ema: str | None) -> Loaded:
     state = checkpoint["cm_lightning"]
     record = _record(path.parent.parent)
     total = checkpoint["callbacks"].get("EMACallback", {}).get("total_nimg", 0)
-    taken = snapshot_nimg(name, total, record.get("global_batch", 1))
+    taken = snapshot_nimg(name, total, max(record.get("global_batch") or 1, 1))
     info = {
         "regime": state["regime"],
         "ema": name,

@@ -271,8 +271,8 @@ def test_two_processes_equal_one(run, tmp_path):
     ("words", "message"),
     [
         (["--n", "1"], "at least 2 samples"),
-        (["--n", "0"], "--n must be 1 or more"),
-        (["--seeds", "0", "0"], "each once"),
+        (["--n", "0"], "--n: a whole number from 1 to 10,000,000 is needed, not '0'"),
+        (["--seeds", "0", "0"], "once each"),
         (["--sigmas", "80", "90"], "must decrease"),
         (["--sigmas", "80", "--sigmas", "80"], "asked for twice"),
         (["--mid", "3", "1", "4"], "0 < LOW < HIGH"),

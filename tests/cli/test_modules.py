@@ -201,11 +201,7 @@ def test_no_description_of_a_network_runs_code(way, program, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words",
     [
-        [
-            "--trainer.strategy",
-            "{class_path: DDPStrategy, init_args: {ddp_comm_state: {class_path: "
-            "torch.fx.graph_module._exec_with_source, init_args: {src: 'MARK', globals: {}}}}}",
-        ],
+        ["--config", "exec.yaml"],
         [
             "--trainer.callbacks",
             "[{class_path: lightning.pytorch.callbacks.LambdaCallback, init_args: {on_fit_start: "
@@ -217,8 +213,11 @@ def test_no_description_of_a_network_runs_code(way, program, tmp_path, capsys):
 )
 def test_what_runs_code_in_torch_and_lightning_is_closed(words, fit, tmp_path):
     mark = tmp_path / "mark"
-    words = [word.replace("MARK", f"open({str(mark)!r}, 'w')") for word in words]
-    done = fit(tmp_path / "run", *words)
+    source = {"src": f"open({str(mark)!r}, 'w')", "globals": {}}
+    code = {"class_path": "torch.fx.graph_module._exec_with_source", "init_args": source}
+    strategy = {"class_path": "DDPStrategy", "init_args": {"ddp_comm_state": code}}
+    (tmp_path / "exec.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": strategy}}))
+    done = fit(tmp_path / "run", *(tmp_path / w if w.endswith("yaml") else w for w in words))
     assert done.code == 2
     assert "classes come from cm_lightning, torch.optim, Lightning's callbacks" in done.err
     assert "--allow_modules torch" not in done.err

@@ -161,13 +161,13 @@ MISTAKES = {
     "a million phases": ({}, ["--phases", "1000000"], "phases must be 1 to 100, got 1000000"),
     "rising": ({}, ["--sigmas", "0.8", "80"], "decrease"),
     "label": ({}, ["--labels", "10"], "0..9"),
-    "number": ({}, ["--n", "0"], "1 or more"),
+    "number": ({}, ["--n", "0"], "a whole number from 1"),
     "seed": ({}, ["--seed", "-1"], "--seed"),
     "profile": ({}, ["--ema", "ema_0.5"], "no EMA profile 'ema_0.5'"),
     "both": ({}, ["--sigmas", "80", "--heun", "4"], "exclude"),
     "device": ({}, ["--device", "cuda:77"], "cuda:77"),
     "option": ({}, ["--sigma", "80"], "unrecognized arguments: --sigma"),
-    "type": ({}, ["--n", "many"], "a whole number up to"),
+    "type": ({}, ["--n", "many"], "a whole number from 1"),
 }
 
 

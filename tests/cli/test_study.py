@@ -157,7 +157,7 @@ def test_own_options_come_last_under_either_spelling(study):
         ({"tune": {"key": "x"}}, "lacks 'tune."),
         ({"arms": {"a": {"of": "b"}, "b": {}}}, "arms.a is of 'b', which is no arm before it"),
         ({"arms": {"a": {}, "b": {"of": "a", "share": 0}}}, "share must be positive, got 0"),
-        ({"arms": {"a": {}, "b": {"of": "a", "share": 2}}}, "needs one of the options that"),
+        ({"arms": {"a": {}, "b": {"of": "a", "share": 2}}}, "needs an option that `lengths` names"),
         ({"first": {"a": {"time_of": "b"}}}, "first.a knows no 'time_of'"),
         ({"first": {"ect": {}}}, "ect is both an arm and a first run"),
         ({"arms": {"../a": {}}}, "'../a' names a folder"),
@@ -166,6 +166,10 @@ def test_own_options_come_last_under_either_spelling(study):
         ({"questions": {"?": [["huber | x", "ect"]]}}, "both or neither"),
         ({"evaluate": {"x": ["--colour", "1"]}}, "cm-study: error: unrecognized arguments"),
         ({"evaluate": {"x": ["--help"]}}, "An evaluation takes options"),
+        ({"evaluate": {"x": ["--out", "elsewhere"]}}, "may not say --out"),
+        ({"evaluate": {"x": ["--allow_modules", "os"]}}, "may not say --out or --allow_modules"),
+        ({"options": {"allow_modules": "os"}}, "belongs to the command line of cm-study"),
+        ({"options": {"model.init.path": "{study}/b"}}, "needs the run b, which `first` lacks"),
     ],
 )
 def test_mistakes_in_the_file(study, program, tmp_path, changes, message):
@@ -182,7 +186,7 @@ def test_a_failing_run_stops_the_study_with_its_message(study, program, tmp_path
     assert "total_kimg" in done.err
     assert "ect/0.001/seed7 failed" in done.err
     assert "the arms are ect, huber" in program("cm-study", path, "--only", "none").err
-    assert "--jobs must be 1 or more" in program("cm-study", path, "--jobs", 0).err
+    assert "--jobs: a whole number from 1" in program("cm-study", path, "--jobs", 0).err
 
 
 @pytest.mark.parametrize("name", [pytest.param("SIGINT", marks=pytest.mark.slow), "SIGTERM"])

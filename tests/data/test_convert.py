@@ -449,8 +449,8 @@ def test_hostile_batches_are_refused(program, tmp_path, monkeypatch):
     [
         (["--transform", "pad"], "needs --resolution"),
         (["--resolution", "8"], "needs a --transform"),
-        (["--resolution", "0", "--transform", "pad"], "--resolution must be 1 or more"),
-        (["--workers", "-1"], "--workers must be 0 or more"),
+        (["--resolution", "0", "--transform", "pad"], "--resolution: a whole number from 1"),
+        (["--workers", "-1"], "--workers: a whole number from 0"),
         (["--transform", "pad", "--resolution", "16"], "cannot be padded"),
         (["--kind", "cifar"], "is not laid out as cifar"),
     ],

@@ -61,12 +61,23 @@ def test_second_call_reads_the_cache(images, tmp_path):
     path = tmp_path / "reference" / f"{KEY[:16]}-{extractor.fingerprint[:16]}.npz"
     assert list(path.parent.iterdir()) == [path]
     with np.load(path, allow_pickle=False) as file:
-        assert sorted(file) == ["features", "fingerprint", "mu", "n", "sigma"]
+        assert sorted(file) == ["features", "fingerprint", "mu", "n", "pixels", "rows", "sigma"]
         assert str(file["fingerprint"]) == KEY
         assert str(file["features"]) == extractor.fingerprint
     mu, sigma = load_statistics(path)
     assert torch.equal(mu, first.mu)
     assert torch.equal(sigma, first.sigma)
+
+
+def test_images_under_a_fingerprint_of_others_leave_no_statistics(images, tmp_path):
+    """A store says its own fingerprint."""
+    extractor = Counting()
+    compute(255 - images, extractor, cache=tmp_path)
+    found = compute(images, extractor, cache=tmp_path)
+    assert extractor.seen == 2 * len(images)
+    assert torch.equal(found.mu, compute(images).mu)
+    assert torch.equal(found.mu, compute(images, extractor, cache=tmp_path).mu)
+    assert extractor.seen == 2 * len(images)
 
 
 def test_no_cache_writes_nothing(images, tmp_path, monkeypatch):
