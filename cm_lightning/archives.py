@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -31,10 +32,15 @@ def check_members(archive: zipfile.ZipFile, where: object) -> None:
     """Refuse archives that would fill the memory.
 
     Raises:
-        InputError: If a member unpacks to far more than its size.
+        InputError: If a member, or all of them, unpack to far more than their size.
     """
+    assert archive.fp is not None
+    size, total = archive.fp.seek(0, os.SEEK_END), 0
     for member in archive.infolist():
-        _check(f"{member.filename} in {where}", member.file_size, member.compress_size)
+        total += member.file_size
+        packed = min(member.compress_size, size)  # it is what the archive says
+        _check(f"{member.filename} in {where}", member.file_size, packed)
+    _check(str(where), total, size)
 
 
 def read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import traceback
 from collections.abc import Mapping
 from inspect import isabstract
@@ -14,12 +15,27 @@ import yaml
 from cm_lightning.modules import check_class_paths, denied, only, refused
 from cm_lightning.types import InputError
 
-__all__ = ["build", "check_form", "complaint", "one_line", "read_mapping", "read_value"]
+__all__ = [
+    "build",
+    "check_form",
+    "complaint",
+    "one_line",
+    "printable",
+    "read_mapping",
+    "read_value",
+]
 
 _LARGEST = 64 << 20
 """Bytes of a document."""
+_SIXTIES = re.compile(r"(\d+:){32}")
+"""Numbers of base 60, which YAML has, take a time that grows as the square of their length."""
 _ENTRIES, _DEPTH = 2_000_000, 64
 """Values and levels of a document: anchors can make a short file endless."""
+
+
+def printable(text: str) -> str:
+    """A text of a file's for the terminal: lines, without what could command it."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def one_line(text: object) -> str:
@@ -68,7 +84,11 @@ def read_mapping(path: str | Path, what: str = "file") -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST:
             raise InputError(f"The {what} {path} is larger than {_LARGEST >> 20} MiB.")
+        if path.exists() and not path.is_file():
+            raise InputError(f"The {what} {path} cannot be read: it is a folder or a device.")
         text = path.read_text(encoding="utf-8")
+        if kind == "YAML" and _SIXTIES.search(text):
+            raise InputError(f"The {what} {path} holds a number of base 60 without end.")
     except FileNotFoundError as error:
         raise InputError(f"There is no {what} {path}.") from error
     except (OSError, ValueError) as error:  # no UTF-8, or a name no file can have

@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from cm_lightning.archives import check_members
 from cm_lightning.types import InputError
 
 __all__ = [
@@ -132,9 +133,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
+        check_torch_file(path)
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"The weights {path} do not exist.") from error
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} is not a file of tensors alone and is refused, as reading it could run code."
@@ -144,6 +148,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path} must hold one dictionary of tensors by name (a state_dict).")
     return dict(state)
+
+
+def check_torch_file(path: Path) -> None:
+    """Refuse a file of torch that would fill the memory; torch itself packs nothing.
+
+    Raises:
+        InputError: If it would unpack to far more than its size.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            check_members(archive, path)
 
 
 def is_intact(path: Path) -> bool:
@@ -290,13 +305,19 @@ def read_pickled_arrays(path: Path) -> Any:
             what it does not know.
     """
     with path.open("rb") as file:
-        return _plain(_ArrayUnpickler(file, encoding="latin1").load())
+        return _plain(_ArrayUnpickler(file, encoding="latin1").load(), {})
 
 
-def _plain(node: Any) -> Any:
-    """The arrays themselves in the place of what was read for them."""
+def _plain(node: Any, seen: dict[int, Any]) -> Any:
+    """The arrays themselves in the place of what was read for them; shared parts stay shared."""
     if isinstance(node, _Array):
         return node.value
-    if isinstance(node, dict):
-        return {key: _plain(value) for key, value in node.items()}
-    return [_plain(value) for value in node] if isinstance(node, list) else node
+    if not isinstance(node, (dict, list)):
+        return node
+    if id(node) not in seen:
+        seen[id(node)] = None  # a list that holds itself ends here
+        if isinstance(node, dict):
+            seen[id(node)] = {key: _plain(value, seen) for key, value in node.items()}
+        else:
+            seen[id(node)] = [_plain(value, seen) for value in node]
+    return seen[id(node)]

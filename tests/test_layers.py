@@ -12,8 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cm_lightning"
 LAYERS = [
     ["families", "transfer", "types", "version"],
-    ["archives", "dashboard", "dropout", "ema", "files", "modules", "sigmas"],
-    ["documents"],
+    ["archives", "dashboard", "dropout", "ema", "modules", "sigmas"],
+    ["documents", "files"],
     ["objective", "networks", "sampling", "optim"],
     ["weights", "evaluation", "data", "loggers"],
     ["callbacks"],

@@ -22,7 +22,7 @@ from cm_lightning.data import (
     convert,
     open_images,
 )
-from cm_lightning.documents import build, check_form, read_mapping
+from cm_lightning.documents import build, check_form, printable, read_mapping
 from cm_lightning.evaluation import FeatureExtractor, image_grid, reference_statistics, save_png
 from cm_lightning.files import offline, replacing
 from cm_lightning.types import InputError
@@ -147,7 +147,7 @@ def describe(store: ImageStore) -> str:
             lines.append(f"  {key:<12} {text}")
     if store.info.get("left_out"):
         lines.append(f"  left out     {len(store.info['left_out'])} images that could not be read")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def moments(store: ImageStore) -> tuple[float, float]:

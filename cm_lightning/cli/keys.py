@@ -97,7 +97,7 @@ def check_keys(argv: list[str], groups: Mapping[str, type], scalars: Mapping[str
             hint = scalars[parts[0]]
             null = _is_null(value, where) and not takes_null(hint)
             if hint is not None and (len(parts) > 1 or null or _is_wild(value, hint)):
-                shown = "null" if value is None else value
+                shown = "null" if value is None else _shown(value)
                 raise InputError(f"{parts[0]} must be {words(hint)}, got {shown} (in {where}).")
             continue
         if parts[-1] == "help":
@@ -110,7 +110,8 @@ def check_keys(argv: list[str], groups: Mapping[str, type], scalars: Mapping[str
         hint = _check_path(key, parts, groups[parts[0]], classes[where], where)
         if _is_wild(value, hint):
             raise InputError(
-                f"{key} is {value} (in {where}): numbers must be finite, whole ones below 2^53."
+                f"{key} is {_shown(value)} (in {where}): numbers must be finite, whole ones below "
+                "2^53."
             )
         if _is_null(value, where) and not takes_null(hint):
             wanted = "" if hint is None else f": it must be {words(hint)}"
@@ -142,6 +143,12 @@ def _is_wild(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float)) and not (
         abs(value) < (_LARGEST if isinstance(value, int) else math.inf)
     )
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; Python refuses to write out numbers of thousands of digits."""
+    big = isinstance(value, int) and value.bit_length() > 1000
+    return "a number of hundreds of digits" if big else f"{value}"
 
 
 def _is_null(value: Any, where: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cm_lightning.cli.errors import CommandParser, finite, readable_errors, whole
-from cm_lightning.documents import check_form, read_mapping
+from cm_lightning.documents import check_form, printable, read_mapping
 from cm_lightning.ema import power_exponent
 from cm_lightning.files import write_text
 from cm_lightning.types import Denoiser, InputError
@@ -109,18 +109,19 @@ def inspect(options: argparse.Namespace) -> None:
         print(f"{path}: {info['kind']}")
     else:
         denoiser, info, config = load_weights(path)
-        print(f"{path}: {info.get('regime')}, EMA profile {info.get('ema')}")
+        print(printable(f"{path}: {info.get('regime')}, EMA profile {info.get('ema')}"))
     print(summary(denoiser))
     if is_public(path):
         print(assumption(info))
     arguments = (config["init_args"].get("backbone") or {}).get("init_args") or {}
     if arguments:
-        print("  arguments   " + ", ".join(f"{key} {value}" for key, value in arguments.items()))
+        told = ", ".join(f"{key} {value}" for key, value in arguments.items())
+        print(printable(f"  arguments   {told}"))
     for key in ("kimg", "data_fingerprint", "source"):
         if info.get(key) is not None:
-            print(f"  {key.replace('_', ' '):<11} {info[key]}")
+            print(printable(f"  {key.replace('_', ' '):<11} {info[key]}"))
     licence = "; ".join(licences(info)) or "that of the data and of whoever trained the weights"
-    print(f"  licence     {licence}")
+    print(printable(f"  licence     {licence}"))
 
 
 def assumption(info: Mapping[str, Any]) -> str:
@@ -213,7 +214,8 @@ def licences(info: dict[str, Any]) -> list[str]:
     """Licences of all weights that these rest on, each once."""
     found = [info["licence"]] if info.get("licence") else []
     for origin in (info.get("origins") or {}).values():
-        found += licences(origin)
+        if isinstance(origin, dict):
+            found += licences(origin)
     return list(dict.fromkeys(found))
 
 

@@ -8,6 +8,7 @@ import os
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from cm_lightning.archives import check_members, read_npz
 from cm_lightning.data.readers import IDX
+from cm_lightning.data.store import LABELS
 from cm_lightning.documents import complaint
 from cm_lightning.files import read_pickled_arrays
 from cm_lightning.types import InputError
@@ -26,8 +28,6 @@ __all__ = ["KINDS", "ImageFiles", "open_images"]
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 """What is read; other formats have readers that start programs."""
-LABELS = 1 << 20
-"""Labels are below this."""
 Image = npt.NDArray[np.uint8]
 
 
@@ -87,9 +87,17 @@ def _decode(data: bytes) -> Image:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """All files below a folder; links to folders are followed, but for those that lead back up."""
+    """All files below a folder; links to folders are followed, but for those that lead back up.
+
+    Raises:
+        InputError: If links lead to one folder again and again.
+    """
+    visits: Counter[Path] = Counter()
     for folder, below, names in os.walk(root, followlinks=True):
         here = Path(folder).resolve()
+        visits[here] += 1
+        if visits[here] > 100:
+            raise InputError(f"Links below {root} lead to {here} more than 100 times.")
         below[:] = [n for n in below if (here / n).resolve() not in (here, *here.parents)]
         yield from (Path(folder) / name for name in names)
 

@@ -25,6 +25,8 @@ from cm_lightning.version import __version__
 __all__ = ["ImageStore", "Resize", "default_cache", "store_path", "to_float", "write_store"]
 
 FORMAT = 1
+LABELS = 1 << 20
+"""Labels are below this."""
 _FORM = {
     "format": int,
     "shape": [int],
@@ -142,6 +144,7 @@ class ImageStore:
         if self.info["num_classes"]:
             self.labels = np.asarray(_load(self.path / "labels.npy"))
             fit = self.labels.shape == (len(images),) and self.labels.dtype == np.int64
+            fit = fit and self.num_classes <= LABELS
             if not fit or not 0 <= self.labels.min() <= self.labels.max() < self.num_classes:
                 raise InputError(f"{self.path / 'labels.npy'} is not what store.json describes.")
 

@@ -30,6 +30,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     Raises:
         InputError: If it is not there or not such a file.
     """
+    if not path.is_file():
+        raise InputError(f"There is no {path}.")
     try:
         with path.open(encoding="utf-8", newline="") as file:
             text = file.read()
@@ -41,8 +43,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         if any("kimg" not in row or None in row for row in found):
             raise ValueError("a row has no kimg, or more cells than the first line")
         return found
-    except FileNotFoundError as error:
-        raise InputError(f"There is no {path}.") from error
     except (OSError, TypeError, ValueError, csv.Error) as error:
         raise InputError(f"{path} is not a metrics.csv of a run.") from error
 

@@ -140,11 +140,11 @@ def read_edm_pickle(path: str | Path) -> EDMNetwork:
             a network this package does not have.
     """
     path = Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no file {path}.")
     try:
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
             content = _Reader(file).load()  # torch warns of the storages of its own files
-    except FileNotFoundError as error:
-        raise InputError(f"There is no file {path}.") from error
     except InputError as error:
         raise InputError(f"{path} is refused, as reading it could run code: {error}.") from error
     except Exception as error:  # a damaged pickle raises whatever it stumbles over
@@ -156,7 +156,7 @@ def read_edm_pickle(path: str | Path) -> EDMNetwork:
     if not isinstance(network, _Persistent):
         raise InputError(f"{path} holds no network under 'ema'.")
     try:
-        weights = {name: value.float() for name, value in _tensors(network)}
+        weights = {name: value.float() for name, value in _tensors(network, set())}
         described = _describe(network, path)
     except InputError:
         raise
@@ -165,8 +165,11 @@ def read_edm_pickle(path: str | Path) -> EDMNetwork:
     return EDMNetwork(described, weights, network.class_name)
 
 
-def _tensors(module: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
+def _tensors(module: Any, seen: set[int], prefix: str = "") -> list[tuple[str, Tensor]]:
     """Parameters and persistent buffers in the order of the modules."""
+    if id(module) in seen:
+        raise ValueError(f"the module {prefix.rstrip('.')} is in two places")
+    seen.add(id(module))
     state = module.state
     hidden = state.get("_non_persistent_buffers_set") or ()
     found = [
@@ -177,7 +180,7 @@ def _tensors(module: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
     ]
     for name, child in state.get("_modules", {}).items():
         if child is not None:
-            found += _tensors(child, f"{prefix}{name}.")
+            found += _tensors(child, seen, f"{prefix}{name}.")
     return found
 
 

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from cm_lightning.documents import build, check_form, read_mapping
 from cm_lightning.ema import snapshot_nimg
-from cm_lightning.files import is_intact, read_weights, save_tensors, write_json
+from cm_lightning.files import (
+    check_torch_file,
+    is_intact,
+    read_weights,
+    save_tensors,
+    write_json,
+)
 from cm_lightning.modules import check_class_paths
 from cm_lightning.networks import ConsistencyPrecond
 from cm_lightning.types import Denoiser, InputError
@@ -267,7 +273,7 @@ def _load_folder(folder: Path, ema: str | None) -> Loaded:
         raise InputError(f"{folder} holds the weights '{config.get('ema')}', not '{ema}'.")
     check_class_paths(description, str(path))
     weights = read_weights(folder / "model.safetensors")
-    denoiser = _filled(description, str(path), weights, str(folder))
+    denoiser = filled(description, str(path), weights, str(folder))
     info: dict[str, Any] = {"regime": UNKNOWN, "ema": UNKNOWN, "kimg": None}
     info |= {"data_fingerprint": None} | {k: v for k, v in config.items() if v is not None}
     return Loaded(denoiser.eval(), info, description)
@@ -293,7 +299,7 @@ def _load_checkpoint(path: Path, config_path: Path, ema: str | None) -> Loaded:
         if name not in averages:
             raise InputError(f"{path} has no EMA profile '{name}': it has {['live', *averages]}.")
         weights |= averages[name]
-    denoiser = _filled(description, str(config_path), weights, str(path))
+    denoiser = filled(description, str(config_path), weights, str(path))
     state = checkpoint["cm_lightning"]
     record = _record(path.parent.parent)
     total = checkpoint["callbacks"].get("EMACallback", {}).get("total_nimg", 0)
@@ -336,6 +342,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} cannot be read as a checkpoint: it is damaged (a checksum inside differs)."
         )
+    check_torch_file(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -377,13 +384,15 @@ def check_weights(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], where
             )
         if loaded[name].layout is not torch.strided or loaded[name].dtype not in _DTYPES:
             raise InputError(f"{where}: '{name}' is no plain tensor.")
-        if not loaded[name].isfinite().all():
-            raise InputError(f"{where} is damaged: '{name}' holds NaN or infinite values.")
         if own[name].shape != loaded[name].shape:
             raise InputError(
                 f"{where} is of another network: '{name}' has shape {tuple(loaded[name].shape)} "
                 f"there and {tuple(own[name].shape)} in the config's network."
             )
+        if loaded[name].nbytes > loaded[name].untyped_storage().nbytes():
+            raise InputError(f"{where}: '{name}' has more values than are stored.")
+        if not loaded[name].isfinite().all():
+            raise InputError(f"{where} is damaged: '{name}' holds NaN or infinite values.")
     for name in loaded:
         if name not in own:
             raise InputError(
@@ -391,7 +400,7 @@ def check_weights(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], where
             )
 
 
-def _filled(
+def filled(
     config: Mapping[str, Any], described: str, tensors: Mapping[str, Tensor], where: str
 ) -> Denoiser:
     """Build a denoiser and give it its weights, after a look at their shapes.

@@ -22,7 +22,7 @@ from cm_lightning.weights.portable import (
 
 __all__ = ["load_posthoc"]
 
-_NAME = re.compile(r"ema_std([\d.e-]+)(?:@([\d.]+))?")
+_NAME = re.compile(r"ema_std(\d+\.\d+)(?:@([\d.]+))?")
 
 
 def load_posthoc(source: str | Path, std: float) -> Loaded:

@@ -9,7 +9,7 @@ from cm_lightning.types import InputError
 from cm_lightning.weights.diffusers import is_diffusers, read_diffusers
 from cm_lightning.weights.edm_pickle import LICENCE, read_edm_pickle
 from cm_lightning.weights.openai import OPENAI_LICENCE, read_openai
-from cm_lightning.weights.portable import Loaded, build_denoiser, check_weights
+from cm_lightning.weights.portable import Loaded, filled
 
 __all__ = ["PUBLIC", "is_public", "load_public"]
 
@@ -50,7 +50,7 @@ def load_public(
             f"{path} is none of the files that can be imported: {', '.join(PUBLIC)}, or a folder "
             "of diffusers."
         )
-    if not path.exists():
+    if not (path.is_dir() or path.is_file()):
         raise InputError(f"There are no weights at {path}.")
     if path.is_dir():
         config, weights = read_diffusers(path)
@@ -65,9 +65,7 @@ def load_public(
         config, weights = read_openai(path, resolution, consistency=regime in ("CD", "CT"))
         kind, licence = "state dict of OpenAI's U-Net", OPENAI_LICENCE
         assumed = "Diffusion"
-    denoiser = build_denoiser(config, str(path))
-    check_weights(denoiser.state_dict(), weights, str(path))
-    denoiser.load_state_dict(weights)
+    denoiser = filled(config, str(path), weights, str(path))
     digest = hash_tensors(weights) if path.is_dir() else hash_file(path)
     info = {
         "regime": regime or assumed,
