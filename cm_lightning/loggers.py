@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import configparser
+import contextlib
 import csv
 import io
 import netrc
@@ -297,6 +299,25 @@ class KimgWandbLogger(WandbLogger):
         self._log({key: histogram, "kimg": nimg / 1000}, step)
 
 
+def check_server() -> None:
+    """Check that no file of the current folder says where the user's key is sent.
+
+    Raises:
+        InputError: If W&B's settings there name a server, and the environment none.
+    """
+    for name in ("wandb", ".wandb"):
+        path = Path(os.environ.get("WANDB_DIR") or ".", name, "settings")
+        found = configparser.ConfigParser(interpolation=None)
+        with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):
+            found.read(path, encoding="utf-8")
+        url = found.get("default", "base_url", fallback=None)
+        if url is not None and os.environ.get("WANDB_BASE_URL") != url:
+            raise InputError(
+                f"{path} sends W&B's rows, and your key, to {url}: set WANDB_BASE_URL to that, or "
+                "remove the line."
+            )
+
+
 def wandb_logger(
     options: WandbOptions, run_dir: Path, run_id: str | None, sent: int = -1
 ) -> KimgWandbLogger | None:
@@ -312,6 +333,7 @@ def wandb_logger(
         return None
     import wandb
 
+    check_server()
     settings = wandb.setup().settings
     mode = settings.mode
     later = f"`wandb sync --yes {run_dir}/wandb/offline-run-*` sends the run later"

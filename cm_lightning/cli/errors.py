@@ -28,6 +28,7 @@ __all__ = [
     "about_machine",
     "fail",
     "finite",
+    "lacks_memory",
     "name_modules",
     "readable_errors",
     "whole",
@@ -56,6 +57,9 @@ def readable_errors(command: str) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:  # whoever reads the output, as head, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         fail(command, "interrupted. Files that were written before are kept.", 128 + signal.SIGINT)
     except Exception as error:
@@ -81,12 +85,18 @@ def about_machine(error: Exception) -> str | None:
             f"The device has not enough memory for this{size}: take a smaller batch (--batch, "
             "where there is one) or network."
         )
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if lacks_memory(error):
         found = re.search(r"tried to allocate \d+ bytes|Unable to allocate [^.\n]+", str(error))
         return f"There is not enough memory for this{f': {found[0]}' if found else ''}."
     if isinstance(error, ValueError) and "null byte" in str(error):
         return "The name of a file holds a null character, which no name can have."
     return None
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether a device, or the machine, had too little memory."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def about_input(error: BaseException) -> str | None:

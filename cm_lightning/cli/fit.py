@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import WandbLogger
@@ -34,6 +33,7 @@ from cm_lightning.cli.errors import (
     about_input,
     about_machine,
     fail,
+    lacks_memory,
     name_modules,
     readable_errors,
 )
@@ -286,7 +286,9 @@ def main(args: list[str] | None = None) -> None:
             cli = FitCLI(args)
         try:
             (check if cli.config["check"] else fit)(cli)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not lacks_memory(error):
+                raise
             fail(COMMAND, out_of_memory(cli, error), 1)
 
 

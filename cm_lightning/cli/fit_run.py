@@ -85,7 +85,7 @@ def out_of_memory(cli: FitCLI, error: Exception) -> str:
         same = "its rows see fewer others" if changes else "the same results by accumulation"
         advice.append(f"--data.micro_batch {fitting} ({same})")
     if cli.trainer.precision == "32-true":
-        advice.append("--trainer.precision bf16-mixed")
+        advice.append("--trainer.precision bf16-mixed (rounds more than late stages' pairs differ)")
     if not cli.config["performance"]["checkpointing"]:
         advice.append("--performance.checkpointing true (about a quarter slower)")
     if cli.datamodule.resident:

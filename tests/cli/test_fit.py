@@ -339,9 +339,18 @@ def test_an_evaluation_stops_when_its_time_is_over(fit, tmp_path):
     assert "fid.max_minutes must be positive or null, got 0" in refused.err
 
 
-def test_out_of_memory_says_what_to_change(fit, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: Tried to allocate 2.00 GiB."),
+        MemoryError("Tried to allocate 2.00 GiB"),
+    ],
+    ids=["device", "machine", "python"],
+)
+def test_out_of_memory_says_what_to_change(fit, tmp_path, monkeypatch, error):
     def full(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
     monkeypatch.setattr(ECT, "loss", full)
     done = fit(tmp_path / "run")
