@@ -80,10 +80,10 @@ def out_of_memory(cli: FitCLI, error: Exception) -> str:
     plan = cli.datamodule.plan(cli.trainer.world_size)
     advice = []
     if plan.micro_batch > 1:
-        fitting = max(m for m in range(1, plan.micro_batch) if plan.micro_batch % m == 0)
+        parts = next(n for n in range(2, plan.micro_batch + 1) if plan.micro_batch % n == 0)
         changes = depends_on_micro_batch(cli.config.as_dict())
         same = "its rows see fewer others" if changes else "the same results by accumulation"
-        advice.append(f"--data.micro_batch {fitting} ({same})")
+        advice.append(f"--data.micro_batch {plan.micro_batch // parts} ({same})")
     if cli.trainer.precision == "32-true":
         advice.append("--trainer.precision bf16-mixed (rounds more than late stages' pairs differ)")
     if not cli.config["performance"]["checkpointing"]:

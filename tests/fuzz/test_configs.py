@@ -130,7 +130,7 @@ FOUND = {
     "model.init_args.distance": ("ECT", "distance must be the name of a Distance class"),
     "model.init_args.a\nb": (1, "Unknown key 'model.init_args.a b'"),
     "checkpoints": ([{"keep": 1}], "checkpoints must be keys and values"),
-    "data.global_batch": (2**31, "not enough memory"),
+    "data.global_batch": (2**31, "memory is too small for micro-batches of"),
     "fid.samplers": ([None], "fid.samplers must be a list, each the name of a Sampler"),
     "samples.samplers": (" ", "samples.samplers must be a list"),
     "seed_everything": ([None], "seed_everything must be a whole number"),
