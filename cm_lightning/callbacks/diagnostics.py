@@ -47,12 +47,13 @@ class DiagnosticsCallback(StepCallback):
     ``memory/peak_gb`` (of the device, or of the process on CPU).
     Regimes may add values per bin: SCT the effective sample size of its weights (``ess``), the
     ``largest_weight``, the share of ``skipped`` rows and the ``discrepancy`` of target and sample;
-    couplings that are not independent the ``transport_cost`` of their pairs, that of the pairs as
-    they came (``independent_cost``) and the share of ``generated`` rows.
+    couplings other than Independent the ``transport_cost`` of their pairs, that of the pairs as
+    they came (``independent_cost``) and, if they generate images, the share of ``generated`` rows.
     Once per window ``exact_rows`` images of the last batch are noised to levels spread over the
     bins, and the regime's estimate of E[x0 | x_t] is compared with the exact one of the training
     set (of the class): ``target_variance`` is its mean squared error per pixel (its variance,
     where the estimate is unbiased), ``sample_variance`` that of the image itself, CT's and ECT's.
+    Under a coupling that is not ``independent`` both are left out.
     Runs with a teacher, or with a diffusion model they started from, log the distance of their map
     from the endpoint of its ODE on fixed noise, ``teacher/ode_distance/<profile>``
     (:class:`~cm_lightning.callbacks.teacher.TeacherDistance`).
@@ -236,8 +237,10 @@ class DiagnosticsCallback(StepCallback):
 
     def _target_variance(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
         """Errors of the estimate of E[x0 | x_t] and of x0 against the exact one, by bin."""
-        posterior = getattr(getattr(pl_module, "objective", None), "solver", None)
-        posterior = getattr(posterior, "posterior", None)
+        objective = pl_module.objective
+        if objective is None or not objective.coupling.independent:
+            return {}
+        posterior = getattr(objective.solver, "posterior", None)
         n = -(-self.exact_rows // trainer.world_size)
         data = getattr(trainer, "datamodule", None)
         if posterior is None or data is None or self._batch is None or not n:

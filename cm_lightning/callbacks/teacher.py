@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -28,8 +28,9 @@ __all__ = ["TeacherDistance", "find_teacher"]
 def find_teacher(pl_module: Any) -> Denoiser | None:
     """The diffusion model whose ODE a run should follow, on the CPU or where the module is.
 
-    The teacher of CD, guided as CD guides it; else the diffusion model that the run started from
-    (``model.init``), read anew. ``None`` for runs without one, and for diffusion itself.
+    The teacher of CD, guided as CD guides it; else the borrowed network of the role ``teacher``;
+    else the diffusion model that the run started from (``model.init``), read anew. ``None`` for
+    runs without one, and for diffusion itself.
 
     Args:
         pl_module: The run's module.
@@ -37,13 +38,13 @@ def find_teacher(pl_module: Any) -> Denoiser | None:
     Raises:
         InputError: If the initial weights cannot be read again or are others by now.
     """
-    objective = getattr(pl_module, "objective", None)
-    if objective is None:
-        return None
-    posterior = getattr(objective.solver, "posterior", None)
+    objective = pl_module.objective
+    posterior = None if objective is None else getattr(objective.solver, "posterior", None)
     if isinstance(posterior, TeacherMean):
         return posterior.teacher
-    if pl_module.init is None:
+    if "teacher" in pl_module.origins:
+        return cast("Denoiser", pl_module.network("teacher"))
+    if objective is None or pl_module.init is None:
         return None
     with torch.random.fork_rng(devices=[]):  # the network is built with random weights first
         loaded = pl_module.init.load()
@@ -92,7 +93,7 @@ class TeacherDistance:
         data = getattr(trainer, "datamodule", None)
         if not self.n or not trainer.is_global_zero or data is None:
             return {}
-        objective = getattr(pl_module, "objective", None)
+        objective = pl_module.objective
         phases = getattr(objective, "phases", None)
         grid = getattr(objective, "discretization", None)
         top = getattr(grid, "sigma_max", 80.0) if phases is None else phases.edges[-1]

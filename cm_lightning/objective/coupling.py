@@ -38,12 +38,13 @@ class Coupled(NamedTuple):
         x0: Clean endpoint, ``(B, C, H, W)``.
         z: Unit noise, ``(B, C, H, W)``.
         generated: ``(B,)`` bool, true where ``x0`` was predicted by a network rather than taken
-            from the data; such rows have no reference posterior.
+            from the data; such rows have no reference posterior. ``None`` for a coupling that
+            predicts no images.
     """
 
     x0: Tensor
     z: Tensor
-    generated: Tensor
+    generated: Tensor | None = None
 
 
 class Coupling(ABC):
@@ -53,9 +54,12 @@ class Coupling(ABC):
         endpoint: Which network predicts endpoints: ``"online"`` for the one being trained,
             ``"ema"`` for an average of it, ``"frozen"`` for weights of another run, ``None`` if
             the coupling asks none.
+        independent: Whether image and noise of rows that it does not generate are independent, as
+            E[x0 | x_t] over images of the data takes them to be.
     """
 
     endpoint: str | None = None
+    independent = False
 
     @abstractmethod
     def __call__(
@@ -82,11 +86,13 @@ class Coupling(ABC):
 class Independent(Coupling):
     """Image and noise are independent: the pair is returned as it came."""
 
+    independent = True
+
     def __call__(
         self, batch: Batch, z: Tensor, u: Tensor, t: Tensor, r: Tensor, nimg: int, denoise: Denoise
     ) -> Coupled:
-        """Return ``(x0, z)`` unchanged; no row is generated."""
-        return _as_it_came(batch, z)
+        """Return ``(x0, z)`` unchanged."""
+        return Coupled(batch.x0, z)
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ class MinibatchOT(Coupling):
     def __call__(
         self, batch: Batch, z: Tensor, u: Tensor, t: Tensor, r: Tensor, nimg: int, denoise: Denoise
     ) -> Coupled:
-        """Permute ``z``; no row is generated."""
+        """Permute ``z``."""
         from scipy.optimize import linear_sum_assignment
 
         # minimal squared distance is maximal inner product: the norms do not depend on the pairing
@@ -116,7 +122,7 @@ class MinibatchOT(Coupling):
             rows = (labels == label).nonzero()[:, 0]
             images, noises = linear_sum_assignment(gain[rows][:, rows].numpy(), maximize=True)
             order[rows[torch.as_tensor(images)]] = rows[torch.as_tensor(noises)]
-        return _as_it_came(batch, z[order.to(z.device)])
+        return Coupled(batch.x0, z[order.to(z.device)])
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,8 @@ class GeneratorCoupling(Coupling):
         InputError: If an argument is outside its range, or ``weights`` and ``endpoint`` do not
             belong together.
     """
+
+    independent = True
 
     mix: float = 0.5
     mix_end: float | None = None
@@ -207,7 +215,8 @@ class GeneratorCoupling(Coupling):
         """Replace the images of the rows with ``u < mix`` and a pair that ends above 0."""
         share = self.share(nimg)
         if share == 0:
-            return _as_it_came(batch, z)
+            none = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+            return Coupled(batch.x0, z, none)
         level = r if self.level == "lower" else t
         positive = r > 0  # where it is 0 the image is the target
         noisy = batch.x0 + expand(level, z) * z
@@ -215,7 +224,3 @@ class GeneratorCoupling(Coupling):
         generated = (u < share) & positive
         x0 = torch.where(expand(generated, z), endpoint, batch.x0)
         return Coupled(x0, z, generated)
-
-
-def _as_it_came(batch: Batch, z: Tensor) -> Coupled:
-    return Coupled(batch.x0, z, torch.zeros(len(z), dtype=torch.bool, device=z.device))

@@ -257,14 +257,16 @@ def transport_notes(coupled: Coupled, x0: Tensor, z: Tensor) -> dict[str, Tensor
         z: Noise as it came, ``(B, C, H, W)``.
 
     Returns:
-        ``transport_cost`` and ``independent_cost`` of each row, and whether it was ``generated``,
-        each ``(B,)``.
+        ``transport_cost`` and ``independent_cost`` of each row and, if the coupling tells, whether
+        it was ``generated``, each ``(B,)`` without gradient.
     """
-    return {
-        "transport_cost": (coupled.x0 - coupled.z).flatten(1).square().mean(1),
+    notes = {
+        "transport_cost": (coupled.x0 - coupled.z).detach().flatten(1).square().mean(1),
         "independent_cost": (x0 - z).flatten(1).square().mean(1),
-        "generated": coupled.generated.to(x0.dtype),
     }
+    if coupled.generated is not None:
+        notes["generated"] = coupled.generated.to(x0.dtype)
+    return notes
 
 
 def _prediction(network: Denoiser, batch: Batch, key: DropoutKey) -> Denoise:

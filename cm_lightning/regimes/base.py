@@ -27,6 +27,7 @@ from cm_lightning.regimes.checks import (
     check_endpoint,
     check_fit,
     check_levels,
+    check_trained,
     check_trainer,
     check_twin,
 )
@@ -68,7 +69,8 @@ class ConsistencyModule(L.LightningModule):
             none, or ``init`` is missing or of another network.
     """
 
-    objective: Objective
+    objective: Objective | None = None
+    """What :meth:`assemble` took; ``None`` for a regime that has its :meth:`loss` alone."""
 
     def __init__(
         self,
@@ -127,7 +129,8 @@ class ConsistencyModule(L.LightningModule):
         module to its device when training starts, and a resumed run refuses it if it changed.
 
         Args:
-            role: What it is for; one word.
+            role: What it is for; one word. A ``teacher`` is a diffusion model, from whose ODE
+                diagnostics measure the distance.
             denoiser: The network; it is frozen and put into eval mode.
             path: Where it came from.
             info: What is known about it.
@@ -144,9 +147,10 @@ class ConsistencyModule(L.LightningModule):
             target: Profile of an averaged target network, ``None`` for the denoiser itself.
 
         Raises:
-            InputError: If the denoiser learns a variance, which no such objective uses.
+            InputError: If the denoiser learns a variance, which the base's :meth:`loss` does not
+                use.
         """
-        if self.denoiser.learn_variance:
+        if self.denoiser.learn_variance and type(self).loss is ConsistencyModule.loss:
             raise InputError(
                 f"model.denoiser.learn_variance is true, and the loss of {type(self).__name__} "
                 "does not use it: set it to false."
@@ -225,8 +229,11 @@ class ConsistencyModule(L.LightningModule):
         Args:
             batch: Images ``(B, C, H, W)`` in [-1, 1], labels, positions in the store.
             draw: The batch's randomness; ``draw.nimg`` is the clock for schedules.
+
+        Raises:
+            InputError: If the regime assembled no objective.
         """
-        return self.objective(
+        return self._assembled()(
             self.denoiser,
             self.network("target"),
             self.complete(batch),
@@ -234,17 +241,27 @@ class ConsistencyModule(L.LightningModule):
             self.network("endpoint"),
         )
 
+    def _assembled(self) -> Objective:
+        """The objective, or an error where there is none."""
+        if self.objective is None:
+            raise InputError(
+                f"{type(self).__name__} has no objective: call assemble(...) in its __init__, or "
+                "define loss."
+            )
+        return self.objective
+
     @property
     def stage(self) -> int | None:
         """Index of the discretization stage, ``None`` for a regime without stages."""
-        objective = getattr(self, "objective", None)
-        return None if objective is None else int(objective.discretization.stage(self.nimg))
+        if self.objective is None:
+            return None
+        return int(self.objective.discretization.stage(self.nimg))
 
     @property
     def schedule(self) -> dict[str, float]:
         """Where the schedules stand: stage, number of levels, rates of averaged networks."""
         values = {} if self.stage is None else {"stage": float(self.stage)}
-        grid = None if self.stage is None else self.objective.discretization
+        grid = None if self.objective is None else self.objective.discretization
         if isinstance(grid, Grid):
             values["levels"] = float(grid.size(self.nimg))
         for name, profile in self.averages.items():
@@ -262,16 +279,20 @@ class ConsistencyModule(L.LightningModule):
         return round(1000 * self.total_kimg)
 
     def setup(self, stage: str) -> None:
-        """Check that the data fit the network, before anything is written.
+        """Check that regime, network, data and trainer fit, before anything is written.
 
         Raises:
             InputError: If image shape, number of classes, precision, device, strategy or the
-                smallest noise levels of grid and network do not fit.
+                smallest noise levels of grid and network do not fit, if the regime has no loss, or
+                a network that nothing trains.
         """
+        if type(self).loss is ConsistencyModule.loss:
+            self._assembled()
+        check_trained(self, self.denoiser)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             check_fit(self.denoiser, data.image_shape, data.num_classes)
-        if self.stage is not None:
+        if self.objective is not None:
             self.objective.distance.prepare(None if data is None else data.image_shape)
             check_levels(self.objective.discretization, self.denoiser)
         check_trainer(self.trainer)
@@ -304,8 +325,8 @@ class ConsistencyModule(L.LightningModule):
         """Mean loss of a batch; the per-image values travel along for diagnostics.
 
         Raises:
-            InputError: If the loader gives no :class:`Batch`, or the micro-batches of a step differ
-                in size.
+            InputError: If the loader gives no :class:`Batch`, the micro-batches of a step differ in
+                size, or the loss is no :class:`LossOutput`.
         """
         if not isinstance(batch, Batch):
             raise InputError(
@@ -325,6 +346,11 @@ class ConsistencyModule(L.LightningModule):
         device = batch.x0.device
         draw = Draw(self.seed, self.nimg, start, self.global_batch, device, self.skipped)
         output = self.loss(batch, draw)
+        if not isinstance(output, LossOutput):
+            raise InputError(
+                f"The loss of {type(self).__name__} must be a LossOutput, got "
+                f"{type(output).__name__}."
+            )
         return {"loss": output.loss.mean(), "output": output}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

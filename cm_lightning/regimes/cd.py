@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from lightning.pytorch.cli import OptimizerCallable
@@ -24,10 +23,10 @@ from cm_lightning.objective import (
 )
 from cm_lightning.optim import GradientGuard, LearningRate
 from cm_lightning.regimes.base import ConsistencyModule, radam_cm
-from cm_lightning.regimes.checks import check_twin
+from cm_lightning.regimes.checks import load_teacher
 from cm_lightning.sampling import GuidedDenoiser
 from cm_lightning.types import Denoiser, InputError, check_word
-from cm_lightning.weights import Loaded, Pretrained, start_from
+from cm_lightning.weights import Pretrained, start_from
 
 __all__ = ["CD"]
 
@@ -93,7 +92,7 @@ class CD(ConsistencyModule):
         if weights is None:
             check_word("model.init", init, ("teacher", "random"))
         super().__init__(denoiser, total_kimg, optimizer, learning_rate, gradients, seed, weights)
-        loaded = load_teacher(denoiser, teacher)
+        loaded = load_teacher(denoiser, teacher, type(self).__name__)
         self.borrow("teacher", loaded.denoiser, teacher.path, loaded.info)
         if init == "teacher":
             start_from(denoiser, loaded.denoiser, teacher.path)
@@ -105,37 +104,3 @@ class CD(ConsistencyModule):
             ) from error
         step = Heun(mean) if solver == "heun" else Euler(mean)
         self.assemble(Objective(discretization, coupling, step, distance, weighting), target)
-
-
-def load_teacher(denoiser: Denoiser, teacher: Pretrained) -> Loaded:
-    """Load a teacher and check that it can teach this student.
-
-    Args:
-        denoiser: The student.
-        teacher: Where the teacher lies.
-
-    Raises:
-        InputError: If it cannot.
-    """
-    if not isinstance(teacher, Pretrained):
-        raise InputError(f"CD's teacher must be Pretrained(path), got {teacher!r}.")
-    path = Path(teacher.path)
-    if not path.exists():
-        raise InputError(
-            f"model.teacher.path {path} does not exist. CD needs a teacher: a run of the regime "
-            "Diffusion, such as of configs/diffusion_digits.yaml, or weights that cm-weights "
-            "import made."
-        )
-    loaded = teacher.load()
-    if not loaded.is_diffusion:
-        raise InputError(
-            f"The teacher {path} is no diffusion model: it was trained by "
-            f"{loaded.info.get('regime')} and is a {type(loaded.denoiser).__name__}."
-        )
-    check_twin(denoiser, loaded.denoiser, f"teacher {path}")
-    if dropped := denoiser.label_dropout:
-        raise InputError(
-            f"model.denoiser has label_dropout {dropped:g}, but CD's teacher always sees labels: "
-            "what the student does without one would not be distilled. Set it to 0."
-        )
-    return loaded

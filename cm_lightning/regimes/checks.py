@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning as L
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from torch import nn
 
 from cm_lightning.objective import Discretization
 from cm_lightning.types import Denoiser, InputError
-from cm_lightning.weights import Loaded
+from cm_lightning.weights import Loaded, Pretrained
 
-__all__ = ["check_endpoint", "check_fit", "check_levels", "check_trainer", "check_twin"]
+__all__ = [
+    "check_endpoint",
+    "check_fit",
+    "check_levels",
+    "check_trained",
+    "check_trainer",
+    "check_twin",
+    "load_teacher",
+]
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Precisions in which weights, noise levels and losses stay fp32."""
+
+
+def check_trained(module: nn.Module, denoiser: nn.Module) -> None:
+    """Check that all that wants a gradient is part of the denoiser.
+
+    Args:
+        module: The regime.
+        denoiser: Its denoiser, which optimizer, averages and exports know alone.
+
+    Raises:
+        InputError: If a parameter outside it is not frozen.
+    """
+    known = {id(parameter) for parameter in denoiser.parameters()}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            raise InputError(
+                f"{name} of {type(module).__name__} would not be trained, as it is no part of "
+                "model.denoiser: make its network a submodule of a Denoiser subclass, or freeze it "
+                "with requires_grad_(False)."
+            )
 
 
 def check_trainer(trainer: L.Trainer) -> None:
@@ -124,3 +155,38 @@ def check_fit(denoiser: Denoiser, image_shape: tuple[int, int, int], num_classes
             f"The data have {num_classes} classes, the network is built for "
             f"{denoiser.num_classes}: change data.conditional or the network's label_dim."
         )
+
+
+def load_teacher(denoiser: Denoiser, teacher: Pretrained, regime: str) -> Loaded:
+    """Load a teacher and check that it can teach this student.
+
+    Args:
+        denoiser: The student.
+        teacher: Where the teacher lies.
+        regime: Name of the regime, for messages.
+
+    Raises:
+        InputError: If it cannot.
+    """
+    if not isinstance(teacher, Pretrained):
+        raise InputError(f"{regime}'s teacher must be Pretrained(path), got {teacher!r}.")
+    path = Path(teacher.path)
+    if not path.exists():
+        raise InputError(
+            f"model.teacher.path {path} does not exist. {regime} needs a teacher: a run of the "
+            "regime Diffusion, such as of configs/diffusion_digits.yaml, or weights that "
+            "cm-weights import made."
+        )
+    loaded = teacher.load()
+    if not loaded.is_diffusion:
+        raise InputError(
+            f"The teacher {path} is no diffusion model: it was trained by "
+            f"{loaded.info.get('regime')} and is a {type(loaded.denoiser).__name__}."
+        )
+    check_twin(denoiser, loaded.denoiser, f"teacher {path}")
+    if dropped := denoiser.label_dropout:
+        raise InputError(
+            f"model.denoiser has label_dropout {dropped:g}, but {regime}'s teacher always sees "
+            "labels: what the student does without one would not be distilled. Set it to 0."
+        )
+    return loaded

@@ -18,7 +18,6 @@ from cm_lightning.objective import (
     Heun,
     Independent,
     InverseStep,
-    MinibatchOT,
     Objective,
     Phases,
     PseudoHuber,
@@ -73,9 +72,10 @@ class SCT(ConsistencyModule):
         init: Weights to start from, as published those of a diffusion model.
 
     Raises:
-        InputError: If there are fewer references than asked for; if the coupling is MinibatchOT:
-            E[x0 | x_t] over the references holds for independent x0 and z alone; or if several
-            phases meet a coupling or a weighting that do not go with them.
+        InputError: If there are fewer references than asked for; if the coupling, such as
+            MinibatchOT, is not ``independent``, as E[x0 | x_t] over the references holds for
+            independent x0 and z alone; or if several phases meet a coupling or a weighting that do
+            not go with them.
     """
 
     def __init__(
@@ -98,10 +98,10 @@ class SCT(ConsistencyModule):
     ) -> None:
         super().__init__(denoiser, total_kimg, optimizer, learning_rate, gradients, seed, init)
         check_word("model.solver", solver, ("euler", "heun"))
-        if isinstance(coupling, MinibatchOT):
+        if not coupling.independent:
             raise InputError(
-                "model.coupling is MinibatchOT, but SCT's target takes image and noise to be "
-                "independent: choose Independent or GeneratorCoupling."
+                f"model.coupling is {type(coupling).__name__}, but SCT's target takes image and "
+                "noise to be independent: choose Independent or GeneratorCoupling."
             )
         if phases is not None and len(phases.edges) > 2:
             check_phased(phases, coupling, weighting)

@@ -11,7 +11,16 @@ import torch
 from cm_lightning.callbacks import DiagnosticsCallback
 from cm_lightning.data import Digits
 from cm_lightning.evaluation import diagnostics_figure, read_metrics, schedules_figure
-from cm_lightning.objective import DoublingGrid, ECTMapping, Euler, ReferenceMean, SampleMean
+from cm_lightning.objective import (
+    DoublingGrid,
+    ECTMapping,
+    Euler,
+    GeneratorCoupling,
+    Independent,
+    MinibatchOT,
+    ReferenceMean,
+    SampleMean,
+)
 from cm_lightning.types import Batch, InputError, References
 from tests.cli.conftest import ROOT, TINY
 
@@ -25,7 +34,7 @@ def digits():
     return x0, torch.from_numpy(np.array(labels)).long()
 
 
-def measure(posterior, digits, n, conditional, sets=8):
+def measure(posterior, digits, n, conditional, sets=8, coupling=Independent()):
     """Mean over several random reference sets of what the callback measures."""
     x0, labels = digits
     labels = labels if conditional else None
@@ -50,7 +59,7 @@ def measure(posterior, digits, n, conditional, sets=8):
         order = torch.randperm(len(x0), generator=generator)
         batch = Batch(x0[order], None if labels is None else labels[order], order, some)
         module = SimpleNamespace(
-            objective=SimpleNamespace(solver=Euler(posterior)),
+            objective=SimpleNamespace(solver=Euler(posterior), coupling=coupling),
             complete=lambda batch: batch,
             seed=number,
             nimg=0,
@@ -81,6 +90,13 @@ def test_one_sample_has_the_variance_of_a_sample_and_the_whole_class_none(digits
     assert found["target_variance/1.96-2.04"] == found["sample_variance/1.96-2.04"] > 0.05
     found = measure(ReferenceMean(skip=None), digits, 2000, True, sets=1)
     assert max(v for key, v in found.items() if key.startswith("target")) < 1e-10
+
+
+def test_it_is_left_out_where_noise_depends_on_the_image(digits):
+    """What is measured has independent noise, as rows have that a generator leaves alone."""
+    assert measure(SampleMean(), digits, 4, True, 1, MinibatchOT()) == {}
+    generated = measure(SampleMean(), digits, 4, True, 1, GeneratorCoupling())
+    assert generated == measure(SampleMean(), digits, 4, True, 1)
 
 
 def test_runs_log_it_and_draw_the_picture(program, tmp_path):

@@ -188,6 +188,7 @@ def test_a_window_by_hand():
         position=0,
         init=None,
         origins={},
+        objective=None,
         gradient_stats=GradientStats(torch.tensor(3.0), torch.tensor(2), torch.tensor(0)),
     )
     trainer.lightning_module = module
