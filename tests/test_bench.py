@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
+from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cm_lightning import bench
-from cm_lightning.bench import common, parts, posterior, step
+from cm_lightning.bench import common, parts, posterior, step, store
+from cm_lightning.callbacks.processor import device_name, processor_name
 from cm_lightning.data import Resize, write_store
+from cm_lightning.evaluation import read_metrics
 from cm_lightning.evaluation.digits import digit_images
 from cm_lightning.networks import EDMPrecond, SongUNet
 from cm_lightning.objective import ReferenceMean
 from tests import toys
+from tests.cli.conftest import DIGITS, TINY
 
 
 def test_sides_alternate():
@@ -34,25 +40,42 @@ def test_references(capsys, monkeypatch):
     calls = []
     real = ReferenceMean.__call__
     monkeypatch.setattr(ReferenceMean, "__call__", lambda *a: calls.append(a) or real(*a))
-    bench.main(["references", "--sizes", "4", "32", "--batch", "4", "--repeats", "2"])
+    words = ["references", "--sizes", "4", "32", "--batch", "4", "6", "--labels", "0", "2"]
+    bench.main([*words, "--repeats", "2"])
     out = capsys.readouterr().out
-    rows = re.findall(r"^\| ([\d,]+) \|.*\| ([\d.]+) % \|$", out, re.MULTILINE)
-    assert [size for size, _ in rows] == ["4", "32"]
-    assert all(0 < float(share) < 1000 for _, share in rows)
-    assert "images (1, 8, 8), batch 4" in out
-    assert len(calls) == 2 * 3 * 2  # sizes, turns, the step and the estimate alone
+    found = rows(out)
+    assert [row[:3] for row in found] == [
+        [layout, batch, size]
+        for layout in ("no classes", "2 classes")
+        for batch in ("4", "6")
+        for size in ("4", "32")
+    ]
+    assert all(0 < float(row[-1].removesuffix(" %")) < 1000 for row in found)
+    assert "no classes: 748,737 parameters, images (1, 8, 8), batch 4, 6" in out
+    # layouts, batches, sizes, turns, the step and the estimate alone
+    assert len(calls) == 2 * 2 * 2 * 3 * 2
+    seen = {(len(x_t), batch.references.labels is not None) for _, x_t, _, batch in calls}
+    assert seen == {(4, False), (6, False), (4, True), (6, True)}
+    assert {len(batch.references.images) for *_, batch in calls} == {4, 32}
 
 
-def test_store(capsys, tmp_path):
+def test_store(capsys, tmp_path, monkeypatch):
     words = ["store", "--images", "300", "--resolution", "8", "--batch", "16", "--batches", "3"]
-    words += ["--files", "20", "--folder", str(tmp_path / "store")]
+    words += ["--files", "20", "--repeats", "3", "--folder", str(tmp_path / "store")]
+    turns, real = [], store._turn
+    monkeypatch.setattr(store, "_turn", lambda *given: turns.append(real(*given)) or turns[-1])
     for _ in range(2):  # the second call takes the store that is there
         bench.main(words)
         out = capsys.readouterr().out
         assert "300 images (3, 8, 8)" in out
-        paces = re.findall(r"([\d,]+) images/s", out)
-        assert len(paces) == 3
-        assert all(int(pace.replace(",", "")) > 0 for pace in paces)
+        (row,) = rows(out)
+        for cell in row[3:]:
+            middle, low, high = (int(n.replace(",", "")) for n in re.findall(r"[\d,]+", cell))
+            assert 0 < low <= middle <= high
+        assert len(turns) == 3
+        assert row[3] == store._rates([cold for _, _, cold, _ in turns])
+        turns.clear()
+    assert store._rates([1000.4, 5, 2000]) == "1,000 (5-2,000)"
     with pytest.raises(SystemExit):
         bench.main([*words, "--images", "301"])
     assert "store of another shape" in capsys.readouterr().err
@@ -198,9 +221,44 @@ def test_startup(capsys, monkeypatch):
     ran = []
     monkeypatch.setattr(parts, "_run", ran.append)
     bench.main(["startup", "--repeats", "1"])
-    assert len(rows(capsys.readouterr().out)) == 3
+    names = [row[0] for row in rows(capsys.readouterr().out)]
+    assert names[2:] == [
+        "cm-fit to the end of its first step",
+        "cm-fit --check, its evaluation included",
+    ]
     assert "--help" in ran[1]
-    assert "--check" in ran[2]
+    assert "--check" not in ran[2]
+    assert "--check" in ran[3]
+    places = [words[-1] for words in ran if words[-2] == "--run_dir"]
+    assert len(set(places)) == 2  # no turn goes on where another one was
+    assert not any(Path(place).exists() for place in places)
+
+
+def test_a_first_step_ends_its_process(tmp_path):
+    """After the callbacks of that step: its diagnostics are there, its checkpoint is not."""
+    run = tmp_path / "run"
+    words = ["--config", DIGITS, "--config", TINY, "--diagnostics.every_kimg", "0.001"]
+    words += ["--diagnostics.exact_rows", "0", "--fid.profiles", "[]", "--run_dir", str(run)]
+    parts._run([sys.executable, "-c", parts.FIRST_STEP, *words])
+    assert [row["kimg"] for row in read_metrics(run / "metrics.csv")] == [0.064]
+    assert not list(run.glob("**/*.ckpt"))
+
+
+def test_the_header_names_machine_versions_and_commit(capsys, monkeypatch):
+    monkeypatch.setattr(common, "git_state", lambda: {"commit": "0123456789abcdef", "changed": 1})
+    monkeypatch.setattr(parts, "_run", lambda words: None)
+    bench.main(["startup", "--repeats", "1"])
+    device, versions, commit, date = capsys.readouterr().out.partition("\n")[0].split("; ")
+    assert device == device_name(torch.device("cpu"))
+    for name in ("torch", "lightning"):
+        assert f"{name} {metadata.version(name)}" in versions
+    assert commit == "commit 0123456789ab with changes"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", date)
+    monkeypatch.setattr(common, "git_state", lambda: None)
+    monkeypatch.setattr(common, "device_name", lambda device: "GPU")
+    gpu = common.machine(torch.device("cuda")).split("; ")
+    assert gpu[:2] == ["GPU", processor_name()]
+    assert len(gpu) == 4
 
 
 def test_mistakes(capsys):
@@ -209,3 +267,6 @@ def test_mistakes(capsys):
             bench.main(words)
         assert stop.value.code == 2
     assert capsys.readouterr().err.count("error:") == 3
+    with pytest.raises(SystemExit):
+        bench.main(["references", "--labels", "-1"])
+    assert "--labels must be 0 or more, got [-1]" in capsys.readouterr().err

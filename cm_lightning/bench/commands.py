@@ -37,8 +37,9 @@ def main(args: list[str] | None = None) -> None:
     with readable_errors(COMMAND):
         for name, value in vars(options).items():
             small = min(value) if isinstance(value, list) else value
-            if name != "seed" and isinstance(small, int) and small < 1 and small is not False:
-                raise InputError(f"--{name} must be 1 or more, got {value}.")
+            least = 0 if name == "labels" else 1
+            if name != "seed" and isinstance(small, int) and small < least and small is not False:
+                raise InputError(f"--{name} must be {least} or more, got {value}.")
         keep_fp32()
         torch.backends.cudnn.benchmark = True  # as in cm-fit and in the published loops
         print(machine(torch.device(getattr(options, "device", "cpu"))), flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -12,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cm_lightning.callbacks.processor import device_name
-from cm_lightning.callbacks.run_record import versions
+from cm_lightning.callbacks.processor import device_name, processor_name
+from cm_lightning.callbacks.run_record import git_state, versions
 from cm_lightning.networks import ADMUNet, EDM2Precond, EDM2UNet, EDMPrecond, SongUNet
 from cm_lightning.types import Denoiser
 
@@ -160,15 +159,19 @@ def ratio(first: Sequence[float], second: Sequence[float]) -> float:
     return median(b / a for a, b in zip(first, second, strict=True))
 
 
-def network_line(network: Denoiser, batch: int, precision: str = "float32") -> str:
+def network_line(network: Denoiser, batch: int | str, precision: str = "float32") -> str:
     """Network and batch in words."""
     count = sum(p.numel() for p in network.parameters())
     return f"{count:,} parameters, images {network.image_shape}, batch {batch}, {precision}"
 
 
 def machine(device: torch.device) -> str:
-    """Machine, versions and time in words."""
-    found = versions()
-    names = ", ".join(f"{key} {found[key]}" for key in ("torch", "python"))
-    when = datetime.now(UTC).date().isoformat()
-    return f"{device_name(device)}; {platform.processor() or platform.machine()}; {names}; {when}"
+    """Machine, versions, commit and date in words."""
+    found, git = versions(), git_state()
+    parts = [device_name(device)]
+    if device.type != "cpu":
+        parts.append(processor_name())
+    parts.append(", ".join(f"{key} {found[key]}" for key in ("torch", "lightning", "python")))
+    if git is not None:
+        parts.append(f"commit {git['commit'][:12]}{' with changes' if git['changed'] else ''}")
+    return "; ".join([*parts, datetime.now(UTC).date().isoformat()])

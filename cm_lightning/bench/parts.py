@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -240,8 +239,23 @@ def fid(options: argparse.Namespace) -> str:
     return f"{title}\n\n{table(['stage', 'ms', 'share'], rows)}"
 
 
+FIRST_STEP = """
+import os
+from cm_lightning.regimes import ConsistencyModule
+
+def after(module, *arguments):
+    if module.nimg:
+        os._exit(0)
+
+ConsistencyModule.on_train_batch_end = after  # called after the callbacks
+from cm_lightning.cli.help import main
+main()
+"""
+"""``cm-fit``, whose process ends with the first step."""
+
+
 def startup(options: argparse.Namespace) -> str:
-    """Time of ``cm-fit --help`` and of a run of a few steps from the shell to its end.
+    """Time from the shell to ``cm-fit``'s help, to the end of a first step, and of a check.
 
     Args:
         options: ``config``, ``repeats``.
@@ -251,13 +265,26 @@ def startup(options: argparse.Namespace) -> str:
     """
     program = [sys.executable, "-c", "from cm_lightning.cli.help import main; main()"]
     base = [sys.executable, "-c", "import torch, lightning.pytorch.cli"]
-    check = [*program, "--config", options.config, "--check", "--trainer.accelerator", "cpu"]
-    ways = {"torch and lightning alone": base, "cm-fit --help": [*program, "--help"]}
-    ways["cm-fit --check: to the end of the first step"] = check
-    sides = [partial(_run, words) for words in ways.values()]
-    found = alternate(sides, options.repeats, torch.device("cpu"))
+    given = ["--config", options.config, "--trainer.accelerator", "cpu"]
+    ways: dict[str, Callable[[], object]] = {
+        "torch and lightning alone": lambda: _run(base),
+        "cm-fit --help": lambda: _run([*program, "--help"]),
+        "cm-fit to the end of its first step": lambda: first_step(given),
+        "cm-fit --check, its evaluation included": lambda: _run([*program, *given, "--check"]),
+    }
+    found = alternate(list(ways.values()), options.repeats, torch.device("cpu"))
     rows = [[way, spread(seconds)] for way, seconds in zip(ways, found, strict=True)]
     return f"{options.config}\n\n{table(['', 'ms'], rows)}"
+
+
+def first_step(words: list[str]) -> None:
+    """Run ``cm-fit`` in a directory of its own until its first step is over.
+
+    Args:
+        words: Its command line, without ``--run_dir``.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        _run([sys.executable, "-c", FIRST_STEP, *words, "--run_dir", f"{place}/run"])
 
 
 def _run(words: list[str]) -> None:
@@ -302,5 +329,7 @@ BENCHMARKS = [
     Benchmark("loader", "batches from the store to the device", _loader_options, loader),
     Benchmark("sampling", "images per second by network calls", _sampling_options, sampling),
     Benchmark("fid", "an evaluation by stage", _fid_options, fid),
-    Benchmark("startup", "from the shell to the first step", _startup_options, startup),
+    Benchmark(
+        "startup", "from the shell to the first step, and of a check", _startup_options, startup
+    ),
 ]

@@ -38,13 +38,15 @@ from cm_lightning.objective import (
     ReferenceMean,
     SampleMean,
 )
-from cm_lightning.types import Batch, References
+from cm_lightning.types import Batch, Denoiser, References
 
 __all__ = ["BENCHMARKS"]
 
 
 def references(options: argparse.Namespace) -> str:
-    """What SCT's posterior mean costs against the rest of a training step, by number of references.
+    """What SCT's posterior mean costs against the rest of a training step.
+
+    By layout (references of all classes, or of the row's own), batch and number of references.
 
     Args:
         options: ``network``, ``batch``, ``sizes``, ``labels``, ``repeats``, ``device``, ``seed``.
@@ -54,9 +56,34 @@ def references(options: argparse.Namespace) -> str:
         neighbouring turns.
     """
     device = torch.device(options.device)
-    torch.manual_seed(options.seed)
-    network = build_network(options.network, options.labels or 0).to(device)
-    shape, n = image_shape(network), options.batch
+    titles, rows = [], []
+    for classes in options.labels:
+        torch.manual_seed(options.seed)
+        network = build_network(options.network, classes).to(device)
+        layout = f"{classes} classes" if classes else "no classes"
+        batches = ", ".join(map(str, options.batch))
+        titles.append(f"{layout}: {network_line(network, batches)}")
+        for batch in options.batch:
+            found = _by_size(network, batch, classes, options)
+            rows += [[layout, str(batch), *row] for row in found]
+    head = [
+        "layout",
+        "batch",
+        "references",
+        "ECT step, ms",
+        "SCT step, ms",
+        "ratio",
+        "mean alone, ms",
+        "share of step",
+    ]
+    return "\n".join([*titles, "", table(head, rows)])
+
+
+def _by_size(
+    network: Denoiser, n: int, classes: int, options: argparse.Namespace
+) -> list[list[str]]:
+    """Rows for one batch size and layout, one for each number of references."""
+    device, shape = torch.device(options.device), image_shape(network)
     x0 = torch.randint(0, 256, (n, *shape), dtype=torch.uint8, device=device) / 127.5 - 1
     optimizer = torch.optim.RAdam(network.parameters(), lr=1e-4)
     mapping = ECTMapping()
@@ -72,19 +99,19 @@ def references(options: argparse.Namespace) -> str:
         optimizer.zero_grad()
 
     rows = []
-    labels = torch.arange(n, device=device) % options.labels if options.labels else None
+    labels = torch.arange(n, device=device) % classes if classes else None
     plain = Batch(x0, labels, device_index)
     for size in options.sizes:
         images = torch.randint(0, 256, (size, *shape), dtype=torch.uint8, device=device)
-        classes = layout = None
+        its = layout = None
         if labels is not None:
-            found = np.arange(size) * options.labels // size  # class by class, as in the bank
-            classes = torch.from_numpy(found).to(device)
-            counts = np.bincount(found, minlength=options.labels)
+            found = np.arange(size) * classes // size  # class by class, as in the bank
+            its = torch.from_numpy(found).to(device)
+            counts = np.bincount(found, minlength=classes)
             layout = class_layout(labels.cpu().numpy(), dict(enumerate(counts.tolist())))
             layout = move_data_to_device(layout, device)
         index = torch.arange(size, device=device) + n
-        bank = prepare(References(images, classes, index, layout=layout))
+        bank = prepare(References(images, its, index, layout=layout))
         batch = plain._replace(references=bank)
         t, _ = mapping.sample(n, 0, device, torch.Generator(device).manual_seed(0))
         x_t = x0 + t.to(x0.dtype)[:, None, None, None] * torch.randn_like(x0)
@@ -111,15 +138,7 @@ def references(options: argparse.Namespace) -> str:
                 f"{100 * ratio(ect, alone):.2f} %",
             ]
         )
-    head = [
-        "references",
-        "ECT step, ms",
-        "SCT step, ms",
-        "ratio",
-        "mean alone, ms",
-        "share of step",
-    ]
-    return f"{network_line(network, n)}\n\n{table(head, rows)}"
+    return rows
 
 
 def classes(options: argparse.Namespace) -> str:
@@ -175,8 +194,14 @@ def classes(options: argparse.Namespace) -> str:
 def _references_options(add: Callable[..., Any]) -> None:
     add("--network", choices=NETWORKS, default="small")
     add("--sizes", type=int, nargs="+", default=[64, 256, 1024, 4096])
-    add("--batch", type=int, default=64)
-    add("--labels", type=int, help="classes, of which each row uses its own [no classes]")
+    add("--batch", type=int, nargs="+", default=[64], help="[64]")
+    add(
+        "--labels",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="classes, of which each row uses its own; 0 for none [0]",
+    )
     add_device(add, repeats=20)
 
 

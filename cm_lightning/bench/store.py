@@ -9,15 +9,16 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from cm_lightning.bench.common import Benchmark
+from cm_lightning.bench.common import Benchmark, spread
 from cm_lightning.cli.study_report import table
 from cm_lightning.data import ImageStore
 from cm_lightning.evaluation import save_png
@@ -29,48 +30,46 @@ __all__ = ["BENCHMARKS", "add_store", "make_store"]
 def store(options: argparse.Namespace) -> str:
     """How fast random batches come out of a store, against torchvision's ImageFolder.
 
-    A store of random images is made in ``folder`` (kept for the next call). ``cold`` is after the
-    system was told to forget the file, ``warm`` after every page used was read before. The folder
-    of PNG files holds the first ``files`` of the images; reading is single-threaded on both sides.
+    A store of random images is made in ``folder`` (kept for the next call). Each turn opens it
+    anew. ``cold`` is after the system was told to forget the file, ``warm`` after every page used
+    was read before; the memory is that of the first opening. The folder of PNG files holds the
+    first ``files`` of the images; reading is single-threaded on both sides.
 
     Args:
         options: ``images``, ``resolution``, ``classes``, ``batch``, ``batches``, ``files``,
-            ``folder``.
+            ``repeats``, ``folder``.
 
     Returns:
-        A Markdown table: time to open, memory it took, images per second.
+        A Markdown table: time to open, memory it took, images per second, as median
+        (smallest-largest).
     """
     path = Path(options.folder)
     make_store(path, (options.images, 3, options.resolution, options.resolution), options.classes)
-    before = _resident()
-    start = time.perf_counter()
-    opened = ImageStore(path)
-    seconds, grown = time.perf_counter() - start, _resident() - before
     rng = np.random.default_rng(0)
-    index = rng.integers(0, len(opened), (options.batches, options.batch))
-    _forget(path / "images.npy")
-    cold, warm = (_pace(opened, index) for _ in range(2))
-    folder = path / "pictures"
+    index = rng.integers(0, options.images, (options.batches, options.batch))
+    ours = [_turn(path, index) for _ in range(options.repeats)]
+    seconds, grown, cold, warm = zip(*ours, strict=True)
+    opened, folder = ImageStore(path), path / "pictures"
     _make_pictures(folder, opened, options.files)
     from torchvision.datasets import ImageFolder
     from torchvision.transforms.functional import pil_to_tensor
 
-    pictures = ImageFolder(str(folder), transform=pil_to_tensor)
-    start = time.perf_counter()
-    rows = rng.integers(0, len(pictures), options.batch * 4)
-    torch.stack([pictures[int(row)][0] for row in rows])
-    theirs = len(rows) / (time.perf_counter() - start)
+    pictures, theirs = ImageFolder(str(folder), transform=pil_to_tensor), []
+    for _ in range(options.repeats + 1):
+        start = time.perf_counter()
+        rows = rng.integers(0, len(pictures), options.batch * 4)
+        torch.stack([pictures[int(row)][0] for row in rows])
+        theirs.append(len(rows) / (time.perf_counter() - start))
     size = opened.images.nbytes / 2**30
-    head = ["store", "to open", "memory", "cold", "warm", "ImageFolder of PNG, warm"]
+    head = ["store", "to open, ms", "memory", "cold, images/s", "warm, images/s"]
     row = [
         f"{len(opened):,} images {opened.image_shape}, {size:.1f} GiB",
-        f"{1000 * seconds:.0f} ms",
-        f"{grown / 2**20:.0f} MiB",
-        f"{cold:,.0f} images/s",
-        f"{warm:,.0f} images/s",
-        f"{theirs:,.0f} images/s",
+        spread(seconds),
+        f"{grown[0] / 2**20:.0f} MiB",
+        *(_rates(paces) for paces in (cold, warm, theirs[1:])),
     ]
-    return f"Batches of {options.batch} random images.\n\n{table(head, [row])}"
+    title = f"Batches of {options.batch} random images, {options.repeats} turns."
+    return f"{title}\n\n{table([*head, 'ImageFolder of PNG, warm, images/s'], [row])}"
 
 
 def make_store(path: Path, shape: tuple[int, ...], classes: int) -> None:
@@ -120,6 +119,20 @@ def _make_pictures(folder: Path, images: ImageStore, count: int) -> None:
         save_png(folder / f"class{number % 10}" / f"{number}.png", np.ascontiguousarray(picture))
 
 
+def _turn(path: Path, index: npt.NDArray[np.int64]) -> tuple[float, float, float, float]:
+    """Seconds to open a store, bytes of memory it took, images per second cold and warm."""
+    _forget(path / "images.npy")  # which spares pages of a store that is open
+    before, start = _resident(), time.perf_counter()
+    opened = ImageStore(path)
+    seconds, grown = time.perf_counter() - start, _resident() - before
+    return seconds, grown, _pace(opened, index), _pace(opened, index)
+
+
+def _rates(paces: Sequence[float]) -> str:
+    """Images per second as median (smallest-largest)."""
+    return f"{median(paces):,.0f} ({min(paces):,.0f}-{max(paces):,.0f})"
+
+
 def _pace(images: ImageStore, index: npt.NDArray[np.int64]) -> float:
     start = time.perf_counter()
     for rows in index:
@@ -157,6 +170,7 @@ def _store_options(add: Callable[..., Any]) -> None:
     add("--batch", type=int, default=256)
     add("--batches", type=int, default=50)
     add("--files", type=int, default=2000, help="PNG files for the comparison")
+    add("--repeats", type=int, default=3, help="measured turns [3]")
 
 
 BENCHMARKS = [Benchmark("store", "random batches from a store", _store_options, store)]

@@ -6,18 +6,31 @@ import math
 import os
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-__all__ = ["busy_cores", "device_name", "slow_because"]
+__all__ = ["busy_cores", "device_name", "processor_name", "slow_because"]
 
 
 def device_name(device: torch.device) -> str:
-    """Name of a GPU, or the number of CPU threads."""
+    """Name of a GPU, or that of the processor and the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    name = processor_name() if device.type == "cpu" else device.type
+    count = torch.get_num_threads()
+    return f"{name}, {count} thread{'s' if count > 1 else ''}"
+
+
+def processor_name() -> str:
+    """Model of the processor as Linux tells it, elsewhere what Python knows."""
+    with suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+        for line in lines:
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def slow_because(device: torch.device, precision: str) -> list[str]:

@@ -243,12 +243,12 @@ def versions() -> dict[str, str]:
 @cache
 def git_state() -> dict[str, Any] | None:
     """Commit of the package's source tree and whether it has changes, ``None`` if not in git."""
-    here = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     try:
         commit, changes = (
             subprocess.run(  # noqa: S603
                 ["git", *arguments],  # noqa: S607
-                cwd=here,
+                cwd=package,
                 capture_output=True,
                 text=True,
                 check=True,

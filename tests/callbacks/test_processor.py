@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cm_lightning.callbacks import processor
-from cm_lightning.callbacks.processor import busy_cores, slow_because
+from cm_lightning.callbacks.processor import busy_cores, device_name, slow_because
 
 CPU = torch.device("cpu")
 
@@ -70,6 +70,30 @@ def test_threads_without_cores(cores, threads, busy, free, machine):
 def test_a_gpu_has_nothing_to_say(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     assert slow_because(torch.device("cuda"), "bf16-mixed") == []
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "python", "name"),
+    [
+        (
+            "processor\t: 0\nmodel\t\t: 1\nmodel name\t: A: 7 CPU\nmodel name\t: B\n",
+            "x",
+            "A: 7 CPU",
+        ),
+        ("processor\t: 0\nBogoMIPS\t: 50\n", "arm", "arm"),
+        (None, "", "arm64"),
+    ],
+)
+def test_a_processor_has_a_name(cpuinfo, python, name, monkeypatch, tmp_path):
+    """Linux tells the model for every core; elsewhere Python knows what it knows."""
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(processor, "Path", lambda path: tmp_path / Path(path).name)
+    monkeypatch.setattr(platform, "processor", lambda: python)
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    for threads, words in ((1, "1 thread"), (3, "3 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert device_name(CPU) == f"{name}, {words}"
 
 
 def _work(seconds):
