@@ -98,6 +98,8 @@ class DiagnosticsCallback(StepCallback):
         self.every_kimg = every_kimg
         self.spike = spike
         self._recent: list[float] = []
+        self.loss: float | None = None
+        """Mean loss of the last window, ``None`` before the first."""
         self.edges = list(edges)
         self.exact_rows = exact_rows
         self.teacher = TeacherDistance(teacher_rows, teacher_steps)
@@ -202,6 +204,7 @@ class DiagnosticsCallback(StepCallback):
         images = pl_module.nimg - self._counted
         metrics["speed/images_per_second"] = images / max(now - self._clock, 1e-9)
         metrics["memory/peak_gb"] = peak_memory(pl_module.device) / 2**30
+        self.loss = metrics["loss"]
         self._tell_spike(metrics["distance"], pl_module)
         log_metrics(trainer, pl_module.nimg, metrics)
         edges = torch.linspace(*HISTOGRAM_RANGE, HISTOGRAM_BINS + 1).tolist()

@@ -9,11 +9,16 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 
+from cm_lightning.callbacks.diagnostics import DiagnosticsCallback
+
 __all__ = ["KimgProgress"]
 
 
 class KimgProgress(ProgressBar):
     """Regime, kimg of total, images/s, time left, loss and stage; rank 0 only.
+
+    The loss is the mean over the last window of the diagnostics: that of a step would have to be
+    waited for.
 
     On a terminal the line is redrawn in place; elsewhere (a log file) one line is printed every
     ``log_seconds``.
@@ -65,7 +70,9 @@ class KimgProgress(ProgressBar):
         if not self._enabled or now - self._printed < interval:
             return
         self._printed = now
-        text = self.line(pl_module, float(outputs["loss"]), now - self._started)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        losses = [c.loss for c in callbacks if isinstance(c, DiagnosticsCallback)]
+        text = self.line(pl_module, losses[0] if losses else None, now - self._started)
         if self._bar is not None:
             self._bar.n = round(pl_module.nimg / 1000, 3)
             self._bar.set_postfix_str(text)
@@ -76,12 +83,12 @@ class KimgProgress(ProgressBar):
             )
             sys.stderr.flush()
 
-    def line(self, pl_module: Any, loss: float, seconds: float) -> str:
+    def line(self, pl_module: Any, loss: float | None, seconds: float) -> str:
         """Speed, time left, loss and stage in words.
 
         Args:
             pl_module: The module.
-            loss: Loss of the last micro-batch.
+            loss: Mean loss of the last window, ``None`` before the first.
             seconds: Time since training started in this process.
         """
         speed = (pl_module.nimg - self._first) / max(seconds, 1e-9)
@@ -89,8 +96,9 @@ class KimgProgress(ProgressBar):
         minutes, rest = divmod(int(max(left, 0)), 60)
         hours, minutes = divmod(minutes, 60)
         eta = f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+        shown = "" if loss is None else f", loss {loss:.4g}"
         stage = "" if pl_module.stage is None else f", stage {pl_module.stage}"
-        return f"{speed:.0f} img/s, {eta} left, loss {loss:.4g}{stage}"
+        return f"{speed:.0f} img/s, {eta} left{shown}{stage}"
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Close the bar."""

@@ -218,6 +218,7 @@ def test_a_window_by_hand():
         module.position = module.nimg
         callback.on_step(trainer, module, module.nimg - 2, module.nimg)
     assert len(rows) == 2
+    assert callback.loss == 505
     for number, row in enumerate(rows):
         assert row["loss"] == 505
         assert row["distance"] == 2

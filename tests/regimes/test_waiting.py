@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cm_lightning.callbacks import DiagnosticsCallback, EMACallback
+from cm_lightning.callbacks import DiagnosticsCallback, EMACallback, KimgProgress
 from cm_lightning.data import Digits, ImageDataModule, ReferenceSet
 from cm_lightning.ema import ConstantEMA, HalfLifeEMA, PowerEMA
 from cm_lightning.networks import ConsistencyPrecond, EDM2Precond, EDM2UNet, EDMPrecond, SongUNet
@@ -119,15 +119,15 @@ REGIMES = {
 def train(module, callbacks, accelerator, **data) -> None:
     """Four steps."""
     averages = EMACallback([ConstantEMA(0.9), HalfLifeEMA(), PowerEMA(0.1)])
+    progress = KimgProgress(log_seconds=0)  # it writes a line at every step
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=1,
         max_epochs=-1,
         max_steps=4,
-        callbacks=[*callbacks, averages, DiagnosticsCallback(every_kimg=100)],
+        callbacks=[*callbacks, averages, DiagnosticsCallback(every_kimg=100), progress],
         logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
