@@ -113,7 +113,7 @@ def test_the_objective_notes_the_cost(t, c, mix, generator):
     batch, z, u, r = few, z[:256], u[:256], r[:256]
     moved = notes(MinibatchOT())
     assert float(moved["transport_cost"].mean()) < float(moved["independent_cost"].mean())
-    assert not bool(moved["generated"].any())
+    assert "generated" not in moved
 
 
 # --- six points in one dimension: the exact endpoint is a quantile map ---
@@ -226,7 +226,7 @@ def test_transport_is_optimal_and_stays_within_classes(generator):
     z = images(torch.randn(40, 3, generator=generator, dtype=torch.float64))
     labels = torch.arange(40) % 2
     free = couple(MinibatchOT(), x0, z, 1.0)
-    assert not bool(free.generated.any())
+    assert free.generated is None
     assert torch.equal(free.x0, x0)
     assert sorted(free.z.flatten(1).tolist()) == sorted(z.flatten(1).tolist())
     swapped = free.z.clone()
