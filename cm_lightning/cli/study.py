@@ -17,7 +17,7 @@ from cm_lightning.callbacks.checkpoints import INTERRUPTED
 from cm_lightning.cli import evaluate
 from cm_lightning.cli.errors import CommandParser, fail, readable_errors, whole
 from cm_lightning.cli.fit import GROUPS, SCALARS
-from cm_lightning.cli.keys import check_keys
+from cm_lightning.cli.keys import check_keys, plain
 from cm_lightning.cli.study_file import Arm, Study, Tuning, merged, read_study
 from cm_lightning.cli.study_report import search_table, summary, table
 from cm_lightning.cli.study_runs import Run, Runner, option_words
@@ -43,9 +43,21 @@ def make_run(name: str, arm: Arm, seed: int, tune: Tuning | None, value: Any) ->
     """
     options = merged(arm.options, {"seed_everything": seed})
     if tune is None:
-        return Run(f"{name}/seed{seed}", arm.config, options, arm.evaluate)
+        return Run(f"{name}/seed{seed}", arm.config, options, arm.evaluate, length(arm))
     chosen = merged(options, {tune.key: value})
-    return Run(f"{name}/{value}/seed{seed}", arm.config, chosen, arm.evaluate)
+    return Run(f"{name}/{value}/seed{seed}", arm.config, chosen, arm.evaluate, length(arm))
+
+
+def length(arm: Arm) -> float:
+    """Length of an arm's runs in thousands of images, by its options or its config; 1 without."""
+    config = read_mapping(arm.config, "config").get("model")
+    init = config.get("init_args") if isinstance(config, dict) else None
+    value = init.get("total_kimg") if isinstance(init, dict) else None
+    given = [arm.options[key] for key in arm.options if plain(key) == "model.total_kimg"]
+    for found in (*given, value):
+        if isinstance(found, (int, float)) and found > 0:
+            return float(found)
+    return 1.0
 
 
 def training_minutes(folders: Sequence[Path]) -> float:
@@ -109,12 +121,15 @@ def execute(
             if other not in arms:
                 raise InputError(f"arms.{name} needs the time of {other}, which does not run.")
     cells = 0 if tune is None else len(tune.values) * len(tune.seeds)
-    total = len(study.first) + len(searched) * cells + len(arms) * len(study.seeds) * (not search)
+    plan = [(arm, 1) for arm in study.first.values()]
+    plan += [(arms[name], cells) for name in searched]
+    plan += [] if search else [(arm, len(study.seeds)) for arm in arms.values()]
+    total, kimg = sum(n for _, n in plan), sum(n * length(arm) for arm, n in plan)
     first = [
-        Run(name, arm.config, arm.options, {} if search else arm.evaluate)
+        Run(name, arm.config, arm.options, {} if search else arm.evaluate, length(arm))
         for name, arm in study.first.items()
     ]
-    with Runner(out, total, jobs, first, study.lengths, modules) as runner:
+    with Runner(out, (total, kimg), jobs, first, study.lengths, modules) as runner:
         if search:
             assert tune is not None
             means = _search({name: arms[name] for name in searched}, tune, runner)

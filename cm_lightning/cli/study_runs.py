@@ -36,6 +36,7 @@ class Run:
         config: Config file.
         options: Options of ``cm-fit``.
         evaluate: Options of ``cm-eval`` by name.
+        kimg: About how long it is, for the time that is left.
         share: Factor of the lengths among the options; it is measured, so it may differ when the
             study is called again.
     """
@@ -44,6 +45,7 @@ class Run:
     config: Path
     options: dict[str, Any]
     evaluate: dict[str, list[str]]
+    kimg: float = 1.0
     share: float = 1.0
 
     def needs(self, name: str) -> bool:
@@ -60,7 +62,7 @@ class Runner:
 
     Args:
         out: Folder of the study.
-        total: Number of runs, for the progress line.
+        total: Number of runs and of thousands of images, for the progress line.
         jobs: Processes at a time, >= 1; they share the cores.
         first: Runs that others need; those that need none are made beside them.
         lengths: Options that a run's share multiplies.
@@ -70,7 +72,7 @@ class Runner:
     def __init__(
         self,
         out: Path,
-        total: int,
+        total: tuple[int, float],
         jobs: int,
         first: Sequence[Run] = (),
         lengths: Sequence[str] = (),
@@ -78,7 +80,7 @@ class Runner:
     ) -> None:
         self.out, self.total, self.jobs, self.lengths = out, total, jobs, list(lengths)
         self._allow = [] if modules is None else ["--allow_modules", modules]
-        self.number = self.trained = 0
+        self.number, self.kimg, self.trained = 0, 0.0, 0.0
         self._started = time.perf_counter()
         self._lock = threading.Lock()
         self._failed = threading.Event()
@@ -90,6 +92,11 @@ class Runner:
         self._pool = ThreadPoolExecutor(jobs)
         self._first: dict[str, Future[dict[str, float]]] = {}
         self._before = list(first)
+        print(
+            f"{total[0]} runs of {total[1]:,.4g} kimg in all, {jobs} at a time, in {out}; what a "
+            "run prints is in its .log there.",
+            flush=True,
+        )
         for run in first:
             self._first[run.name] = self._pool.submit(self._one, run, dict(self._first))
 
@@ -184,13 +191,14 @@ class Runner:
             found |= evaluated(name, place)
         with self._lock:
             self.number += 1
-            self.trained += missing
+            self.kimg += run.kimg
+            self.trained += run.kimg * missing
             shown = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
             left = ""
             if self.trained:
                 minutes = (time.perf_counter() - self._started) / self.trained / 60
-                left = f" (about {minutes * (self.total - self.number):.0f} min to go)"
-            print(f"[{self.number}/{self.total}] {run.name}: {shown}{left}", flush=True)
+                left = f" (about {minutes * max(self.total[1] - self.kimg, 0):.0f} min to go)"
+            print(f"[{self.number}/{self.total[0]}] {run.name}: {shown}{left}", flush=True)
         return found
 
     def _note(self, run: Run) -> dict[str, Any]:

@@ -347,7 +347,7 @@ def test_runs_that_need_no_first_run_do_not_wait(tmp_path):
         Run("nested", tmp_path, {"a": {"b": ["{study}/start/x"]}}, {}),
         Run("scratch", tmp_path, {"model.init.path": "start"}, {}),
     ]
-    with Recorded(tmp_path, 4, 1, [Run("start", tmp_path, {}, {})]) as runner:
+    with Recorded(tmp_path, (4, 4.0), 1, [Run("start", tmp_path, {}, {})]) as runner:
         results = runner(runs)
     assert done == ["start", "scratch", "tuned", "nested"]
     assert [row["place"] for row in results] == [3, 4, 2]

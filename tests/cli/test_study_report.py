@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from cm_lightning.cli.study import training_minutes
+from cm_lightning.cli.study import length, training_minutes
+from cm_lightning.cli.study_file import Arm
 from cm_lightning.cli.study_report import (
     Answer,
     answer_rows,
@@ -20,8 +22,9 @@ from cm_lightning.cli.study_report import (
     search_table,
     summary,
 )
-from cm_lightning.cli.study_runs import finished
+from cm_lightning.cli.study_runs import Run, Runner, finished
 from cm_lightning.types import InputError
+from tests.cli.conftest import ROOT
 
 KNOWN = {
     "title": "known",
@@ -181,3 +184,22 @@ def test_minutes_of_training_are_those_of_the_median_speed(tmp_path):
         (folder / "metrics.csv").write_text("kimg,loss\n0,1\n")
     with pytest.raises(InputError, match="logged no speed; time_of needs diagnostics"):
         training_minutes(folders)
+
+
+def test_the_time_that_is_left_goes_by_images(tmp_path, capsys, monkeypatch):
+    """Two minutes for a first run of 30 kimg: eight minutes for four times as many."""
+    clock = iter([0.0, 120.0, 240.0])
+    monkeypatch.setattr("cm_lightning.cli.study_runs.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(Runner, "_command", lambda *_: None)
+    results = iter([None, {"fd": 1.0}, None, {"fd": 2.0}])
+    monkeypatch.setattr("cm_lightning.cli.study_runs.finished", lambda _: next(results))
+    arm = Arm(ROOT / "configs/ect_digits.yaml", {"model.init_args.total_kimg": 30})
+    assert length(arm) == 30
+    assert length(replace(arm, options={})) == 72
+    runs = [Run(name, arm.config, {}, {}, kimg) for name, kimg in (("a", 30.0), ("b", 60.0))]
+    with Runner(tmp_path, (3, 150.0), 1) as runner:
+        runner(runs)
+    start, first, second = capsys.readouterr().out.splitlines()
+    assert start.startswith("3 runs of 150 kimg in all, 1 at a time")
+    assert first == "[1/3] a: fd 1 (about 8 min to go)"
+    assert second == "[2/3] b: fd 2 (about 3 min to go)"
