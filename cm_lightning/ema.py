@@ -123,7 +123,7 @@ class HalfLifeEMA(EMAProfile):
 
 @dataclass(frozen=True)
 class PowerEMA(EMAProfile):
-    r"""Power-function profile of EDM2 (Karras et al. 2024, arXiv:2312.02696).
+    r"""Power-function profile of EDM2 (Karras et al. 2024, arXiv:2312.02696, Eq. 127).
 
     .. math:: \beta = (1 - B / \text{nimg}')^{\gamma + 1}
 
@@ -196,7 +196,7 @@ class WarmupEMA(EMAProfile):
 
 
 def power_exponent(std: float) -> float:
-    r"""Exponent of the power-function profile with relative width ``std``.
+    r"""Exponent of the power-function profile with relative width ``std`` (EDM2, Algorithm 2).
 
     The largest real root of
     :math:`\gamma^3 + 7\gamma^2 + (16 - \sigma^{-2})\gamma + (12 - \sigma^{-2}) = 0`.
@@ -219,7 +219,7 @@ def posthoc_coefficients(
 ) -> np.ndarray:
     r"""Weights with which stored power-function averages combine into another profile.
 
-    Least squares over profiles (EDM2, arXiv:2312.02696, Section 3.2): :math:`A X = B` with the
+    Least squares over profiles (EDM2, arXiv:2312.02696, Algorithm 3): :math:`A X = B` with the
     inner products :math:`A_{ij} = \langle p_i, p_j \rangle`,
     :math:`B_i = \langle p_i, p_\text{target} \rangle`,
 

@@ -77,12 +77,12 @@ class GradientStats:
 class GradientGuard:
     """Sanitising of gradients before each optimizer step.
 
-    Non-finite entries are replaced as the official codes do, and counted, which they do not.
+    Non-finite entries are replaced as the official codes do, and counted, which they do not. None
+    of them clips; ``trainer.gradient_clip_val`` does, after this.
 
     Args:
         infinity: Replacement of +-inf; NaN becomes 0. EDM and ECT on CIFAR-10: 1e5; EDM2 and ECT
             on ImageNet-64: 0.
-        clip_norm: Largest gradient norm, or ``None`` for no clipping (all published recipes).
         stop_after: Stop the run after this many steps in a row with a non-finite gradient; it is
             looked at every 20 steps.
         returns: How often to go back to the last checkpoint instead of stopping. The images seen
@@ -93,17 +93,12 @@ class GradientGuard:
     """
 
     infinity: float = 1e5
-    clip_norm: float | None = None
     stop_after: int = 100
     returns: int = 0
 
     def __post_init__(self) -> None:
         if not self.infinity >= 0:
             raise InputError(f"GradientGuard: infinity must be 0 or more, got {self.infinity}.")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise InputError(
-                f"GradientGuard: clip_norm must be positive or null, got {self.clip_norm}."
-            )
         if self.stop_after < 1:
             raise InputError(f"GradientGuard: stop_after must be 1 or more, got {self.stop_after}.")
         if self.returns < 0:
@@ -132,10 +127,6 @@ class GradientGuard:
         bad = (~norm.isfinite()).long()
         for gradient in gradients:
             torch.nan_to_num_(gradient, nan=0, posinf=self.infinity, neginf=-self.infinity)
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(
-                [p for p in parameters if p.grad is not None], self.clip_norm
-            )
         if previous is None:
             return GradientStats(norm, bad, bad)
         return GradientStats(norm, previous.nonfinite_steps + bad, (previous.streak + bad) * bad)

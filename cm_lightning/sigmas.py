@@ -81,8 +81,8 @@ def phase_edges(phases: int) -> tuple[float, ...]:
 
 
 _ABOVE = 1e-4
-"""Levels this little (relatively) above an edge belong to the segment below it, where the model is
-asked in sampling; so the step of a pair never becomes too small for fp32."""
+"""A level up to this much (relatively) above an edge counts to the segment below: sampling asks the
+model exactly at edges, and t minus the edge would vanish in fp32."""
 
 
 def segments(sigma: Tensor, edges: Sequence[float]) -> Tensor:
@@ -91,6 +91,9 @@ def segments(sigma: Tensor, edges: Sequence[float]) -> Tensor:
     Args:
         sigma: Noise levels, ``(B,)``.
         edges: Increasing edges, two or more.
+
+    Returns:
+        ``(B,)`` int64.
     """
     inner = constant(tuple(edges[1:-1]), torch.float64, sigma.device)
     return torch.bucketize(sigma.double() / (1 + _ABOVE), inner)

@@ -24,7 +24,15 @@ CLIP = 256
 
 
 def unit_rms(x: Tensor, dim: Sequence[int] | None = None, eps: float = 1e-4) -> Tensor:
-    """Scale vectors along ``dim`` (default: all but the first) to root mean square 1, in fp32."""
+    r"""Scale vectors to root mean square 1, in fp32: :math:`x / (\epsilon + \mathrm{rms}(x))`.
+
+    Pixel norm of EDM2's encoder, and its normalised weights (arXiv:2312.02696, Eq. 47).
+
+    Args:
+        x: Any shape.
+        dim: Axes of a vector; all but the first by default.
+        eps: Added to the norm.
+    """
     axes = tuple(range(1, x.ndim)) if dim is None else tuple(dim)
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=wide)
@@ -34,17 +42,37 @@ def unit_rms(x: Tensor, dim: Sequence[int] | None = None, eps: float = 1e-4) -> 
 
 
 def mp_silu(x: Tensor) -> Tensor:
-    """SiLU that keeps the magnitude of normal input."""
+    """SiLU of normal input over its root mean square, 0.596 (arXiv:2312.02696, Eq. 81)."""
     return functional.silu(x) / 0.596
 
 
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Sum that keeps the magnitude: ``(1 - t) a + t b`` over its norm."""
+    r"""Sum that keeps the magnitude (arXiv:2312.02696, Eq. 88).
+
+    .. math:: \frac{(1 - t)\, a + t\, b}{\sqrt{(1 - t)^2 + t^2}}
+
+    Args:
+        a: Any shape.
+        b: The same shape.
+        t: Share of ``b``, in [0, 1].
+    """
     return torch.lerp(a, b, t) / math.sqrt((1 - t) ** 2 + t**2)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Concatenation along channels that keeps the magnitude, with share t of ``b``."""
+    r"""Concatenation along channels that keeps the magnitude (arXiv:2312.02696, Eq. 103).
+
+    .. math:: \sqrt{\frac{N_a + N_b}{(1 - t)^2 + t^2}} \,
+              \Bigl[\frac{1 - t}{\sqrt{N_a}}\, a \;\Big|\; \frac{t}{\sqrt{N_b}}\, b\Bigr]
+
+    Args:
+        a: ``(B, N_a, H, W)``.
+        b: ``(B, N_b, H, W)``.
+        t: Share of ``b``, in [0, 1].
+
+    Returns:
+        ``(B, N_a + N_b, H, W)``.
+    """
     n_a, n_b = a.shape[1], b.shape[1]
     scale = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t**2))
     w_a, w_b = scale / math.sqrt(n_a) * (1 - t), scale / math.sqrt(n_b) * t
@@ -52,7 +80,11 @@ def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 
 class MPFourier(nn.Module):
-    r"""Random features :math:`\sqrt 2 \cos(f x + p)` of a number."""
+    r"""Random features :math:`\sqrt 2 \cos(f x + p)` of a number (arXiv:2312.02696, Eq. 75).
+
+    Args:
+        channels: Number of features.
+    """
 
     freqs: Tensor
     phases: Tensor
@@ -68,11 +100,19 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """Convolution (kernel >= 1) or linear map (kernel 0) with weights of unit magnitude, no bias.
+    r"""Convolution (kernel >= 1) or linear map (kernel 0) with weights of unit magnitude, no bias.
 
-    The stored weights may have any scale: they are normalised before use, in fp32. Training also
+    .. math:: w = \frac{g}{\sqrt{N}} \cdot \frac{v}{\epsilon + \mathrm{rms}(v)}
+
+    for each output channel, with N weights v and a gain g (arXiv:2312.02696, Eq. 47 and 66). The
+    stored weights v may have any scale: they are normalised before use, in fp32. Training also
     normalises the stored ones once per optimizer step, see :func:`normalize_weights`; never in a
     forward pass, so that both passes of a consistency pair see the same weights.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel: Odd size of the kernel, or 0 for a linear map.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
@@ -104,7 +144,18 @@ def preserves_magnitude(network: nn.Module) -> bool:
 
 
 class EDM2Block(Recomputable):
-    """Residual block conditioned on the embedding, with optional self-attention."""
+    """Residual block of EDM2 (arXiv:2312.02696, Figure 21), with optional self-attention.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output; with attention a multiple of 64, the size of a head.
+        emb_channels: Size of the embedding.
+        encoder: Whether it is one of the encoder's, which start with a pixel norm.
+        resample: Whether it doubles or halves the resolution first.
+        attention: Whether self-attention follows.
+        dropout: Probability of dropout between the convolutions.
+        kind: ``"sdpa"`` for torch's fused attention, ``"math"`` for plain tensor operations.
+    """
 
     def __init__(
         self,

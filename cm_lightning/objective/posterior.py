@@ -84,11 +84,20 @@ class ReferenceSums(NamedTuple):
 
 
 def merge_sums(a: ReferenceSums, b: ReferenceSums) -> ReferenceSums:
-    """Sums over the union of two disjoint sets of references."""
+    r"""Sums over the union of two disjoint sets of references.
+
+    .. math:: m = \max(m_a, m_b), \qquad S = e^{m_a - m} S_a + e^{m_b - m} S_b
+
+    for weights and images; the sum of squares takes the squares of the factors. A set without a
+    reference for a row has :math:`m = -\infty` there and adds nothing.
+
+    Args:
+        a: Sums over one set.
+        b: Sums over the other.
+    """
     top = torch.maximum(a.top, b.top)
     parts = []
     for sums in (a, b):
-        # a set without any reference of the row's class has top -inf and adds nothing
         scale = (sums.top - top).nan_to_num(nan=-torch.inf, neginf=-torch.inf).exp()
         scale = scale.to(sums.weights.dtype)
         parts.append((sums.weights * scale, sums.squares * scale**2, sums.images * scale[:, None]))
@@ -220,8 +229,8 @@ class ReferenceMean(PosteriorMean):
         total: ReferenceSums | None = None
         block = (1 << 21 if x.device.type == "cpu" else 1 << 28) // (4 * x.shape[1])
         chunk = self.chunk or max(block, 1)
-        # processors are ten times slower where numbers underflow; the smallest weight, that of
-        # hidden references too, is 1e-19: its square does not, and beside the largest, 1, it is 0
+        # no weight and no square of one underflows, where processors are ten times slower: logits
+        # end at half of ln(tiny), and 1e-19 beside the largest weight, 1, does not count
         least = math.log(torch.finfo(dtype).tiny) / 2
         for start in range(0, len(references.images), chunk):
             part = slice(start, start + chunk)
@@ -250,7 +259,11 @@ class ReferenceMean(PosteriorMean):
 
 
 def no_sums(x_t: Tensor) -> ReferenceSums:
-    """Sums over no reference, for images ``(B, C, H, W)``."""
+    r"""Sums over no reference: :math:`m = -\infty`, all else 0.
+
+    Args:
+        x_t: Images ``(B, C, H, W)``, for their number, size and type.
+    """
     images = torch.zeros_like(x_t.flatten(1), dtype=torch.promote_types(torch.float32, x_t.dtype))
     weights, squares = images.new_zeros(2, len(images))
     top = torch.full((len(images),), -torch.inf, dtype=torch.float64, device=x_t.device)
@@ -258,7 +271,17 @@ def no_sums(x_t: Tensor) -> ReferenceSums:
 
 
 def own_sums(x_t: Tensor, t: Tensor, batch: Batch) -> ReferenceSums:
-    """Sums over the rows' own images alone."""
+    r"""Sums over the row's own image alone: its weight is 1 at the logit m.
+
+    .. math:: m = \frac{2 \langle x_t, x_0 \rangle - \lVert x_0 \rVert^2}{2 t^2}
+
+    which is :math:`-\lVert x_t - x_0 \rVert^2 / 2 t^2` but for a part that all images share.
+
+    Args:
+        x_t: Noisy images, ``(B, C, H, W)``.
+        t: Their noise levels, ``(B,)``.
+        batch: The batch.
+    """
     dtype = torch.promote_types(torch.float32, x_t.dtype)
     x, y = x_t.flatten(1).to(dtype), batch.x0.flatten(1).to(dtype)
     top = (2 * (x * y).sum(1) - y.square().sum(1)).double() * (0.5 / t.double().square())

@@ -199,7 +199,11 @@ class ConsistencyModule(L.LightningModule):
             denoiser.to(self.device)
 
     def on_train_start(self) -> None:
-        """Give the optimizer the config's settings; train no further where a run was over."""
+        """Give loggers the clock and the optimizer its settings; stop at once where a run is over.
+
+        Lightning has restored the optimizer's settings from the checkpoint. Those that the config
+        changed since are the config's; those that an optimizer changes itself stay.
+        """
         for logger in self.loggers:
             if hasattr(logger, "follow"):
                 logger.follow(lambda: self.nimg)
@@ -209,7 +213,6 @@ class ConsistencyModule(L.LightningModule):
         for group, own, old in zip(
             optimizers.param_groups, self._settings, self._stored or self._settings, strict=True
         ):
-            # the checkpoint of another run restored that one's
             group.update({key: own[key] for key in own if key not in old or own[key] != old[key]})
         if self.nimg >= self.total_nimg:
             self.trainer.should_stop = True

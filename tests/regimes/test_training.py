@@ -17,12 +17,13 @@ from cm_lightning.types import InputError, LossOutput, TrainingStopped
 from tests.toys import TinyDenoiser, gaussian_denoiser
 
 
-def train(module, steps: int | None = None, checkpoint=None, **data):
+def train(module, steps: int | None = None, checkpoint=None, gradient_clip_val=None, **data):
     data = ImageDataModule(Digits(), conditional=False, **({"global_batch": 32} | data))
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=-1,
         max_steps=steps or -1,
+        gradient_clip_val=gradient_clip_val,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -102,14 +103,25 @@ def test_gradients_are_sanitised_as_published_and_counted():
 
 
 @pytest.mark.parametrize("infinity", [0.0, 1e5])
-@pytest.mark.parametrize("values", [[3.0, 4.0], ["nan", 300.0, 400.0], ["inf"] * 4, ["nan", "inf"]])
-def test_clipped_gradients_are_short_after_they_were_sanitised(values, infinity):
-    values = [float(value) for value in values]
-    p, stats = guarded(values, clip_norm=1.0, infinity=infinity)
-    plain, _ = guarded(values, infinity=infinity)
-    norm = plain.grad.norm()
-    torch.testing.assert_close(p.grad, plain.grad / norm.clamp_min(1), rtol=1e-4, atol=0)
-    assert math.isfinite(stats.norm) == all(map(math.isfinite, values))
+def test_lightning_clips_what_was_sanitised(infinity):
+    """``trainer.gradient_clip_val``, which published recipes do without."""
+    norms = []
+
+    class Watched(ECT):
+        def on_before_optimizer_step(self, optimizer):
+            next(self.denoiser.parameters()).grad.fill_(math.inf)
+            super().on_before_optimizer_step(optimizer)
+
+        def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+            super().optimizer_step(epoch, batch_idx, optimizer, closure)
+            norms.append([p.grad.norm() for p in self.denoiser.parameters()])
+
+    module = Watched(TinyDenoiser(), total_kimg=0.032, gradients=GradientGuard(infinity))
+    train(module, gradient_clip_val=1e-3)
+    (found,) = norms
+    total = torch.stack(found).norm()
+    assert total == pytest.approx(1e-3, rel=1e-3)
+    assert module.gradient_stats.nonfinite_steps == 1
 
 
 def test_a_streak_ends_with_the_first_finite_gradient():
