@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from cm_lightning.callbacks.ema import find_ema
 from cm_lightning.callbacks.fid import FIDCallback
-from cm_lightning.callbacks.step import StepCallback, check_interval, due
+from cm_lightning.callbacks.step import StepCallback, check_interval, due, find_callback
 from cm_lightning.files import is_intact
 from cm_lightning.loggers import say
 from cm_lightning.types import InputError, TrainingStopped
@@ -170,8 +170,8 @@ class CheckpointCallback(StepCallback, Checkpoint):
         self._trial = True
 
     def _fid(self, trainer: L.Trainer) -> FIDCallback | None:
-        found = [c for c in trainer.callbacks if isinstance(c, FIDCallback)]  # type: ignore[attr-defined]
-        return found[0] if found and found[0].enabled else None
+        found = find_callback(trainer, FIDCallback)
+        return found if found is not None and found.enabled else None
 
     def on_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Listen to signals: interactive ones, and those of a cluster that wants its machine."""

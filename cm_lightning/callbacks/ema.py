@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from cm_lightning.callbacks.step import StepCallback
+from cm_lightning.callbacks.step import StepCallback, find_callback
 from cm_lightning.ema import ConstantEMA, EMAProfile, snapshot_of, update_average
 from cm_lightning.types import Denoiser, InputError
 
@@ -162,7 +162,7 @@ def find_ema(trainer: L.Trainer) -> EMACallback:
     Raises:
         InputError: If it has none.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EMACallback):
-            return callback
-    raise InputError("This callback needs the EMA callback: add EMACallback to the trainer.")
+    found = find_callback(trainer, EMACallback)
+    if found is None:
+        raise InputError("This callback needs the EMA callback: add EMACallback to the trainer.")
+    return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cm_lightning.callbacks.ema import EMACallback
+from cm_lightning.callbacks.step import find_callback
 from cm_lightning.objective import Distance
 from cm_lightning.types import Denoiser
 
@@ -93,8 +94,8 @@ def estimate_memory(trainer: L.Trainer, pl_module: Any) -> MemoryEstimate | None
     weights = [p.numel() for p in denoiser.parameters() if p.requires_grad]
     defaults = trainer.optimizers[0].defaults
     moments = 2 if "betas" in defaults else int(bool(defaults.get("momentum", 0)))
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    profiles = sum(len(c.profiles) for c in callbacks if isinstance(c, EMACallback))
+    ema = find_callback(trainer, EMACallback)
+    profiles = 0 if ema is None else len(ema.profiles)
     state = 4 * sum(weights) * (1 + moments + profiles)
     state += sum(_size(network) for network in pl_module.networks)
     batch = data.plan(trainer.world_size).micro_batch

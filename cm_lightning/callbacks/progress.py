@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 
 from cm_lightning.callbacks.diagnostics import DiagnosticsCallback
+from cm_lightning.callbacks.step import find_callback
 
 __all__ = ["KimgProgress"]
 
@@ -70,9 +71,9 @@ class KimgProgress(ProgressBar):
         if not self._enabled or now - self._printed < interval:
             return
         self._printed = now
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        losses = [c.loss for c in callbacks if isinstance(c, DiagnosticsCallback)]
-        text = self.line(pl_module, losses[0] if losses else None, now - self._started)
+        diagnostics = find_callback(trainer, DiagnosticsCallback)
+        loss = None if diagnostics is None else diagnostics.loss
+        text = self.line(pl_module, loss, now - self._started)
         if self._bar is not None:
             self._bar.n = round(pl_module.nimg / 1000, 3)
             self._bar.set_postfix_str(text)

@@ -23,6 +23,7 @@ from cm_lightning.callbacks.fid import FIDCallback
 from cm_lightning.callbacks.memory import estimate_memory
 from cm_lightning.callbacks.processor import device_name, slow_because
 from cm_lightning.callbacks.samples import SamplesCallback
+from cm_lightning.callbacks.step import find_callback
 from cm_lightning.files import write_json, write_text
 from cm_lightning.loggers import KimgWandbLogger, tolerated
 from cm_lightning.types import InputError
@@ -225,11 +226,11 @@ def in_use(run_dir: Path) -> InputError:
 
 def results(trainer: L.Trainer) -> dict[str, dict[str, Any]]:
     """Last and best Frechet distances, and what they were measured with."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, FIDCallback):
-            best = {key: {"value": v, "kimg": kimg} for key, (v, kimg) in callback.best.items()}
-            return {"last": callback.last, "best": best, "measured_with": callback.identity}
-    return {"last": {}, "best": {}}
+    fid = find_callback(trainer, FIDCallback)
+    if fid is None:
+        return {"last": {}, "best": {}}
+    best = {key: {"value": value, "kimg": kimg} for key, (value, kimg) in fid.best.items()}
+    return {"last": fid.last, "best": best, "measured_with": fid.identity}
 
 
 @cache
@@ -296,13 +297,12 @@ def end_summary(trainer: L.Trainer, pl_module: Any, seconds: float) -> str:
     over = pl_module.nimg >= pl_module.total_nimg
     end = f"Finished at {kimg:g} kimg" if over else f"Ended at {kimg:g} of {total:g} kimg"
     lines = [f"{end} after {seconds / 60:.1f} minutes."]
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, FIDCallback):
-            for key, value in callback.last.items():
-                best, kimg = callback.best[key]
-                lines.append(f"  {key:<32} {value:9.4g}   best {best:.4g} at {kimg:g} kimg")
-        if isinstance(callback, SamplesCallback):
-            lines += [f"  picture    {path}" for path in callback.paths.values()]
+    if (fid := find_callback(trainer, FIDCallback)) is not None:
+        for key, value in fid.last.items():
+            best, kimg = fid.best[key]
+            lines.append(f"  {key:<32} {value:9.4g}   best {best:.4g} at {kimg:g} kimg")
+    if (samples := find_callback(trainer, SamplesCallback)) is not None:
+        lines += [f"  picture    {path}" for path in samples.paths.values()]
     if (run_dir / "metrics.csv").is_file():
         lines.append(f"  metrics    {run_dir / 'metrics.csv'}")
     lines.append(f"  config     {run_dir / 'config.yaml'}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 
@@ -18,10 +18,14 @@ __all__ = [
     "check_interval",
     "check_reach",
     "due",
+    "find_callback",
     "log_metrics",
     "step_of",
     "training_clock",
 ]
+
+
+Found = TypeVar("Found", bound=L.Callback)
 
 
 def check_data(owner: str, trainer: L.Trainer) -> None:
@@ -111,6 +115,12 @@ def log_metrics(trainer: L.Trainer, nimg: int, metrics: Mapping[str, float]) -> 
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             logger.log_metrics({"kimg": nimg / 1000, **metrics}, step=step_of(trainer))
+
+
+def find_callback(trainer: L.Trainer, kind: type[Found]) -> Found | None:
+    """The trainer's callback of a class, ``None`` if it has none."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 
 def training_clock(trainer: L.Trainer) -> float:

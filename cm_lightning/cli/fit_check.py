@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cm_lightning.callbacks import CheckpointCallback, FIDCallback
+from cm_lightning.callbacks.step import find_callback
 from cm_lightning.cli.fit_run import starting
 
 if TYPE_CHECKING:
@@ -18,10 +19,12 @@ __all__ = ["check"]
 def check(cli: FitCLI) -> None:
     """Build everything, train one step, evaluate a few images, write nothing, report."""
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
-    fid = next(c for c in trainer.callbacks if isinstance(c, FIDCallback))  # type: ignore[attr-defined]
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, (FIDCallback, CheckpointCallback)):
-            callback.make_trial()
+    fid = find_callback(trainer, FIDCallback)
+    checkpoints = find_callback(trainer, CheckpointCallback)
+    assert fid is not None
+    assert checkpoints is not None
+    fid.make_trial()
+    checkpoints.make_trial()
     started = time.perf_counter()
     with cli.scratch as folder:
         data.use_temporary_cache(Path(folder))

@@ -14,8 +14,9 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Timer
 
-from cm_lightning.callbacks import EMACallback, checkpoints_of
+from cm_lightning.callbacks import checkpoints_of, find_ema
 from cm_lightning.callbacks.run_record import in_use, is_in_use
+from cm_lightning.callbacks.step import find_callback
 from cm_lightning.cli.errors import about_input, about_machine, fail
 from cm_lightning.cli.run_dir import depends_on_micro_batch, run_record
 from cm_lightning.documents import complaint, one_line
@@ -220,9 +221,9 @@ def check_fork(cli: FitCLI, path: Path, nimg: int, start: dict[str, Any] | None)
     Raises:
         InputError: If nothing is left to train, or if the config asks for other initial weights.
     """
-    for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Timer):  # the time of another run is no time of this one
-            callback.load_state_dict = lambda state: None  # type: ignore[assignment,method-assign]
+    timer = find_callback(cli.trainer, Timer)
+    if timer is not None:  # the time of another run is no time of this one
+        timer.load_state_dict = lambda state: None  # type: ignore[assignment,method-assign]
     if nimg >= cli.model.total_nimg:
         raise InputError(
             f"{path} is at {nimg / 1000:g} kimg, where model.total_kimg {cli.model.total_kimg:g} "
@@ -240,7 +241,7 @@ def export(cli: FitCLI) -> None:
     """Write ``<run>/weights/<profile>/`` for every EMA profile."""
     import json
 
-    ema = next(c for c in cli.trainer.callbacks if isinstance(c, EMACallback))  # type: ignore[attr-defined]
+    ema = find_ema(cli.trainer)
     model = json.loads(cli.parser.dump(cli.config, format="json"))["model"]
     for name in ema.averages:
         weights = dict(cli.model.denoiser.state_dict()) | ema.averages[name]
