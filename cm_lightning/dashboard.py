@@ -2,13 +2,14 @@
 
 W&B gives every run a workspace with one section per first word. The names of ``metrics.csv`` are
 gathered into few of them: ``training``, ``schedule``, ``machine``, one ``by_level_*`` section per
-diagnostic with a panel for each range of noise levels, and under their own names Frechet distances
-(a panel per profile and number of network calls), ``samples`` and ``teacher``.
+diagnostic with a panel for each range of noise levels (values that a regime notes included), and
+under their own names Frechet distances (a panel per profile and number of network calls),
+``samples`` and ``teacher``.
 """
 
 from __future__ import annotations
 
-from cm_lightning.families import FAMILIES
+from cm_lightning.families import FAMILIES, level
 
 __all__ = ["panel"]
 
@@ -32,7 +33,7 @@ def panel(key: str) -> str:
         key: Its name in ``metrics.csv``.
     """
     first, _, rest = key.partition("/")
-    if first in FAMILIES:
+    if first in FAMILIES or level(rest) is not None:
         return f"by_level_{first.removesuffix('_by_sigma')}/{rest}"
     if first in SECTIONS:
         name = key if first in ("loss", "gradient", "loss_histogram", "distance") else rest

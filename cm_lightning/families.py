@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
-__all__ = ["FAMILIES", "Family"]
+__all__ = ["FAMILIES", "Family", "families_in", "level", "own_figures"]
 
 
 class Family(NamedTuple):
@@ -101,4 +103,62 @@ FAMILIES = {
         "Share of rows whose image is the model's own prediction (GC).",
     ),
 }
-"""Families in their order; a regime that notes another value per row adds it here."""
+"""Families in their order; other values that a regime notes get a plain one."""
+
+_NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]\d+)?)"
+_BIN = re.compile(f"below_{_NUMBER}|above_{_NUMBER}|{_NUMBER}-{_NUMBER}")
+
+
+def level(bin: str) -> float | None:
+    """Where a bin of noise levels is drawn, ``None`` if the text names none.
+
+    It is the geometric mean of the bin's edges, and beyond the outer edges a step away.
+    """
+    match = _BIN.fullmatch(bin)
+    if match is None:
+        return None
+    below, above, low, high = (None if text is None else float(text) for text in match.groups())
+    if below is not None:
+        place = below / 5**0.5
+    elif above is not None:
+        place = above * 5**0.5
+    else:
+        assert low is not None
+        assert high is not None
+        place = (low or high / 5) ** 0.5 * high**0.5
+    return place if 0 < place < float("inf") else None
+
+
+def families_in(keys: Iterable[str]) -> dict[str, tuple[Family, list[str]]]:
+    """Families among the names of numbers, each with its bins from low noise to high.
+
+    What no family here is called has one all the same where its bins are those of the loss: a value
+    that a regime of one's own notes.
+
+    Args:
+        keys: Names, such as ``ess/0.5-2``.
+    """
+    bins: dict[str, dict[str, float]] = {name: {} for name in FAMILIES}
+    for key in keys:
+        name, _, bin = key.rpartition("/")
+        place = level(bin)
+        if name and place is not None:
+            bins.setdefault(name, {})[bin] = place
+    known = bins["loss_by_sigma"].keys()
+    return {
+        name: (FAMILIES.get(name) or _noted(name), sorted(found, key=found.__getitem__))
+        for name, found in bins.items()
+        if found and (name in FAMILIES or found.keys() <= known)
+    }
+
+
+def own_figures(keys: Iterable[str]) -> dict[str, tuple[Family, list[str]]]:
+    """Families with a figure of their own: all but those drawn beside another one."""
+    beside = {family.beside[0] for family in FAMILIES.values() if family.beside is not None}
+    return {name: found for name, found in families_in(keys).items() if name not in beside}
+
+
+def _noted(name: str) -> Family:
+    title = name.replace("_", " ").replace("/", ", ")
+    caption = "A value that the regime notes for every image."
+    return Family(title[:1].upper() + title[1:], title, "linear", caption)

@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from cm_lightning.cli.compare_figures import Panel, all_panels, arm_panels, at_the_end
+from cm_lightning.cli.compare_figures import (
+    Panel,
+    all_panels,
+    arm_panels,
+    at_the_end,
+    names_of,
+)
 from cm_lightning.cli.compare_page import page, study_page
-from cm_lightning.cli.compare_runs import SAME, Entry, curves, distinct, nfe_of, read_entry
-from cm_lightning.cli.compare_texts import BY_LEVEL
+from cm_lightning.cli.compare_runs import (
+    SAME,
+    Entry,
+    curves,
+    distinct,
+    made,
+    nfe_of,
+    origin,
+    read_entry,
+    read_record,
+)
 from cm_lightning.cli.errors import CommandParser, readable_errors
-from cm_lightning.cli.study_report import read_outcome, table
+from cm_lightning.cli.study_report import printable, read_outcome, table
 from cm_lightning.cli.study_report import summary as study_summary
-from cm_lightning.files import write_text
+from cm_lightning.files import replacing, write_text
 from cm_lightning.types import InputError
 
 __all__ = ["Entry", "curves", "differing", "main", "read_entry"]
@@ -74,7 +90,7 @@ def overview(entries: list[Entry], ranked: bool) -> tuple[list[str], list[list[s
         speeds = [
             row["speed/images_per_second"] for row in entry.rows if "speed/images_per_second" in row
         ]
-        seconds = [start["seconds"] for start in entry.record["starts"] if "seconds" in start]
+        seconds = [s["seconds"] for s in entry.record["starts"] if s.get("seconds") is not None]
         kimg = (entry.record.get("results") or {}).get("kimg")
         line = [entry.name, entry.record["regime"]]
         for nfe in columns:
@@ -137,23 +153,10 @@ def report(
         panels: The figures.
     """
     parts = [f"# {', '.join(entry.name for entry in entries)}", *notes, overview_table, "## Runs"]
-    for entry in entries:
-        start, first = entry.record["starts"][-1], entry.record["starts"][0]
-        parent, again = first.get("resumed_from"), ""
-        if parent:  # a run's own checkpoints are no part of its first start
-            again = f" --resume {parent}"
-        git = (start.get("git") or {}).get("commit", "unknown")[:12]
-        wandb = entry.record.get("wandb_id")
-        parts.append(
-            f"- **{entry.name}**: {entry.record['regime']} on {start['device']}, seed "
-            f"{entry.record['seed']}, commit {git}"
-            + (f", W&B run {wandb}" if wandb else "")
-            + (f", from {parent} at {first.get('kimg', 0):g} kimg" if parent else "")
-            + f"; again: `cm-fit --config {entry.path / 'config.yaml'}{again} --run_dir NEW`"
-        )
+    parts.append("\n".join(f"- {line}" for line in origins(entries)))
     parts.append(figure_list(panels))
     parts.append("## By noise level, mean over the last quarter of each run")
-    for name, family in BY_LEVEL.items():
+    for name, family in names_of(entries).items():
         found = {entry.name: at_the_end(entry.rows, name) for entry in entries}
         found = {run: values for run, values in found.items() if values}
         if found:
@@ -165,6 +168,11 @@ def report(
             parts += [f"### {family.title}", family.caption]
             parts.append(table(["t", *(bin.replace("_", " ") for bin in bins)], rows))
     return "\n\n".join(parts) + "\n"
+
+
+def origins(entries: list[Entry]) -> list[str]:
+    """Where each run was made and how to make it again, a line each."""
+    return [f"**{entry.name}**: {origin(entry.record, entry.path)}" for entry in entries]
 
 
 def write_study(folder: Path, out: Path) -> None:
@@ -181,8 +189,19 @@ def write_study(folder: Path, out: Path) -> None:
     ]
     panels = {"arms": arm_panels(outcome)} | all_panels(entries)
     text = study_summary(outcome, folder)
-    write_text(out / "comparison.md", f"{text}\n{figure_list(panels)}\n")
-    write_text(out / "comparison.html", study_page(outcome, folder, entries, panels))
+    names = [name for arm in outcome["arms"].values() for name in arm["runs"]]
+    records = {name: read_record(folder / name) for name in names}
+    lines = [f"**{name}**: {origin(record, folder / name)}" for name, record in records.items()]
+    how = [
+        made(list(records.values())),
+        f"Folder of the study: {folder}; `cm-study STUDY.yaml --out {shlex.quote(str(folder))}` "
+        "checks it, makes what is missing and writes its report anew.",
+    ]
+    whole = [text.rstrip(), "## How this study was made", *how]
+    whole += ["\n".join(f"- {line}" for line in lines), figure_list(panels)]
+    html = study_page(outcome, folder, entries, panels, how, lines)
+    write_text(out / "comparison.md", printable("\n\n".join(whole) + "\n"))
+    write_text(out / "comparison.html", printable(html))
     write_figures(panels, out)
     print(text)
 
@@ -199,9 +218,8 @@ def figure_list(panels: dict[str, list[Panel]]) -> str:
 def write_figures(panels: dict[str, list[Panel]], out: Path) -> None:
     """Write the figures as PNG files."""
     for panel in chain.from_iterable(panels.values()):
-        path = out / "figures" / f"{panel.name}.png"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(panel.picture)
+        with replacing(out / "figures" / f"{panel.name}.png") as path:
+            path.write_bytes(panel.picture)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -222,8 +240,29 @@ def main(args: list[str] | None = None) -> None:
                 raise InputError(f"{studies[0]} is a study: it is shown alone, or give its runs.")
             write_study(studies[0], out)
         else:
+            check_finished(paths)
             write_runs(paths, out)
         print(f"\nWritten to {out / 'comparison.html'} and {out / 'comparison.md'}.")
+
+
+def check_finished(paths: list[Path]) -> None:
+    """Check that no path is the folder of a study that has no results yet.
+
+    Args:
+        paths: Run directories.
+
+    Raises:
+        InputError: If one is.
+    """
+    places = ("*/run.json", "*/seed*/run.json", "*/*/seed*/run.json")
+    for path in paths:
+        below = any(any(path.glob(place)) for place in places)
+        if below and not (path / "run.json").exists():
+            raise InputError(
+                f"{path} is not a run directory, but runs lie below it and there is no "
+                "study.json: a study that is not finished goes on with cm-study STUDY.yaml --out "
+                f"{shlex.quote(str(path))}; else name its runs."
+            )
 
 
 def write_runs(paths: list[Path], out: Path) -> None:
@@ -246,10 +285,12 @@ def write_runs(paths: list[Path], out: Path) -> None:
     notes = [*summary(entries, reasons), *([left] if left else [])]
     head, rows = overview(entries, ranked=not reasons and len(entries) > 1)
     panels = all_panels(entries)
-    write_text(out / "comparison.md", report(entries, notes, table(head, rows), panels))
-    write_text(out / "comparison.html", page(entries, notes, head, rows, panels))
+    text = report(entries, notes, table(head, rows), panels)
+    html = page(entries, notes, head, rows, panels, origins(entries))
+    write_text(out / "comparison.md", printable(text))
+    write_text(out / "comparison.html", printable(html))
     write_figures(panels, out)
-    print("\n\n".join([*notes, table(head, rows)]))
+    print(printable("\n\n".join([*notes, table(head, rows)])))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,9 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cm_lightning.cli.compare_runs import Entry, curves, grids, nfe_of
-from cm_lightning.cli.compare_texts import BY_LEVEL, OVER_TRAINING
-from cm_lightning.cli.study_report import calls, interval, label, main_results
+from cm_lightning.cli.study_report import (
+    calls,
+    interval,
+    label,
+    main_results,
+    measured_over,
+    printable,
+    result_words,
+)
 from cm_lightning.evaluation.figures import shade
+from cm_lightning.families import FAMILIES, Family, level, own_figures
 from cm_lightning.types import InputError
 
 if TYPE_CHECKING:
@@ -25,6 +34,8 @@ __all__ = [
     "at_the_end",
     "colour",
     "course",
+    "names_of",
+    "sentence",
 ]
 
 
@@ -36,12 +47,36 @@ class Panel(NamedTuple):
         title: What it shows.
         caption: How to read it, in a sentence or two.
         picture: PNG.
+        colour: Colour of the run that it is of, empty if it is of several.
     """
 
     name: str
     title: str
     caption: str
     picture: bytes
+    colour: str = ""
+
+
+OVER_TRAINING = {
+    "teacher/ode_distance": (
+        "Distance from the teacher's ODE",
+        "root mean square per pixel",
+        "Difference per pixel of images in [-1, 1], on fixed noise, between what the model makes "
+        "of it and where the ODE of its teacher (or of the diffusion model it started from) goes. "
+        "Lower is closer to that teacher, which is not the same as better images.",
+    ),
+    "gradient/norm": (
+        "Gradient",
+        "norm of the gradient",
+        "Mean size of the gradient before the optimizer. Jumps tell of unstable training.",
+    ),
+    "speed/images_per_second": (
+        "Speed",
+        "images per second",
+        "Training speed of each window, evaluations and checkpoints left out.",
+    ),
+}
+"""Metrics drawn over training: title, label of the axis, caption."""
 
 
 def colour(number: int) -> str:
@@ -87,7 +122,8 @@ def arm_panels(outcome: Mapping[str, Any]) -> list[Panel]:
             own = colour(plain.index(source)) if source in plain else "black"
             axis.errorbar(mean, -place, xerr=width, color=own, marker="o", ms=5, capsize=3, lw=1.8)
             axis.plot(found, [-place] * len(found), "|", color=own, ms=9, alpha=0.6)
-        axis.set_yticks([-place for place in range(len(values))], list(values), fontsize=9)
+        names = [_plain(name, 24) for name in values]
+        axis.set_yticks([-place for place in range(len(values))], names, fontsize=9)
         points = [value for found in values.values() for value in found]
         if max(points) > 4 * min(points) > 0:
             axis.set_xscale("log")
@@ -96,11 +132,10 @@ def arm_panels(outcome: Mapping[str, Any]) -> list[Panel]:
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
-        axis.set_xlabel(f"{key.partition('/')[0]}, lower is better")
+        axis.set_xlabel("Frechet distance, lower is better")
         title = label(key, main)
         caption = "Dot: mean over training seeds; bar: its 95 % interval; ticks: the seeds."
-        name = "arms_" + "".join(c if c.isalnum() or c == "." else "_" for c in key)
-        panels.append(Panel(name, title.capitalize(), caption, png(figure)))
+        panels.append(Panel(_file(f"arms_{key}"), sentence(title), caption, png(figure)))
     return panels
 
 
@@ -117,8 +152,8 @@ def sample_panels(entries: Sequence[Entry]) -> list[Panel]:
     for entry in entries:
         for (_, sampler), path in grids(entry).items():
             try:
-                with Image.open(path) as picture:
-                    pixels = np.asarray(picture)
+                with Image.open(path, formats=("PNG",)) as picture:
+                    pixels = np.asarray(picture.convert("RGB"))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise InputError(f"{path} is no picture that can be read: {error}.") from error
             found.setdefault(nfe_of(sampler), []).append((entry.name, pixels))
@@ -130,14 +165,17 @@ def sample_panels(entries: Sequence[Entry]) -> list[Panel]:
         for place, axis in enumerate(np.ravel(figure.subplots(rows, columns, squeeze=False))):
             axis.set_axis_off()
             if place < len(pictures):
-                axis.set_title(pictures[place][0], fontsize=10, parse_math=False)
-                axis.imshow(pictures[place][1], cmap="gray", vmin=0, vmax=255, interpolation="none")
-        panels.append(Panel(f"samples_nfe{nfe}".replace("?", "x"), calls(nfe), "", png(figure)))
+                axis.set_title(_plain(pictures[place][0], 30), fontsize=10)
+                axis.imshow(pictures[place][1], interpolation="none")
+        panels.append(Panel(_file(f"samples_nfe{nfe}"), f"Samples, {calls(nfe)}", "", png(figure)))
     return panels
 
 
 def distance_panels(entries: Sequence[Entry]) -> list[Panel]:
     """Frechet distance against images and against time, for each number of network calls.
+
+    All lines are of one average of the weights and way of sampling where there is one that all runs
+    have. Where no run was evaluated before its end there is nothing to draw.
 
     Args:
         entries: The runs.
@@ -146,30 +184,53 @@ def distance_panels(entries: Sequence[Entry]) -> list[Panel]:
     names = {nfe_of(key) for lines in found for key in lines}
     panels = []
     for nfe in sorted(names, key=lambda n: (len(n), n)):
-        chosen = {}
-        for number, lines in enumerate(found):
-            options = {key: points for key, points in lines.items() if nfe_of(key) == nfe}
-            if options:
-                key = min(options, key=lambda key: options[key][-1][2])
-                metric, profile = key.split("/")[:2]
-                chosen[number] = (f"{entries[number].name} ({profile}, {metric})", options[key])
+        options = [{key: x for key, x in lines.items() if nfe_of(key) == nfe} for lines in found]
+        chosen = {number: _best([lines]) for number, lines in enumerate(options) if lines}
+        shared = _best([lines for lines in options if lines])
+        if shared is not None:
+            chosen = dict.fromkeys(chosen, shared)
+        lines = {number: options[number][key] for number, key in chosen.items() if key}
+        if all(len(points) < 2 for points in lines.values()):
+            continue
+        keys = [key for key in chosen.values() if key]
+        caption = "Lower is better; the line that falls first learns fastest."
+        if shared is not None:
+            caption = f"Frechet distance over {_measured(shared)}. {caption}"
+        elif len({key.partition("/")[0] for key in keys}) > 1:
+            caption = "These lines were measured differently and cannot be compared."
+        elif len(set(keys)) > 1:
+            caption = f"The runs share no average: the legend says what each line is of. {caption}"
         for column, unit, axis_words in (
             (0, "thousands of images (kimg)", "images seen"),
             (1, "minutes of training", "time spent"),
         ):
             figure, axis = _axes()
-            for number, (words, points) in chosen.items():
+            for number, points in lines.items():
                 x, y = [point[column] for point in points], [point[2] for point in points]
-                axis.plot(x, y, marker="o", ms=4, color=colour(number), label=words)
-            values = (point[2] for _, points in chosen.values() for point in points)
-            _finish(figure, axis, unit, f"FD, {calls(nfe)}", "log", values)
-            name = f"fd_nfe{nfe}_{('kimg', 'minutes')[column]}".replace("?", "x")
-            title = f"{calls(nfe).capitalize()}, by {axis_words}"
-            caption = "Lower is better; the line that falls first learns fastest."
-            if len({words.split(", ")[-1] for words, _ in chosen.values()}) > 1:
-                caption = "These lines were measured differently and cannot be compared."
+                words = entries[number].name
+                if shared is None:
+                    words += f": {_measured(chosen[number] or '')}"
+                axis.plot(x, y, marker="o", ms=4, color=colour(number), label=_plain(words))
+            values = (point[2] for points in lines.values() for point in points)
+            _finish(figure, axis, unit, "Frechet distance", "log", values)
+            name = _file(f"fd_nfe{nfe}_{('kimg', 'minutes')[column]}")
+            title = f"{sentence(calls(nfe))}, by {axis_words}"
             panels.append(Panel(name, title, caption, png(figure)))
     return panels
+
+
+def _best(options: Sequence[Mapping[str, Sequence[tuple[float, float, float]]]]) -> str | None:
+    """The metric that all of these have whose last values have the lowest mean."""
+    shared = [key for key in options[0] if all(key in lines for lines in options)]
+    if not shared:
+        return None
+    return min(shared, key=lambda key: sum(lines[key][-1][2] for lines in options))
+
+
+def _measured(key: str) -> str:
+    """A metric in words: features and samples, average, way of sampling."""
+    over, _, rest = key.partition("/")
+    return f"{measured_over([over])}, {result_words(rest)}"
 
 
 def over_training(entries: Sequence[Entry]) -> list[Panel]:
@@ -194,10 +255,10 @@ def over_training(entries: Sequence[Entry]) -> list[Panel]:
             figure, axis = _axes()
             for number, points in lines.items():
                 x, y = zip(*points, strict=True)
-                axis.plot(x, y, color=colour(number), label=entries[number].name)
+                axis.plot(x, y, color=colour(number), label=_plain(entries[number].name))
             values = (value for points in lines.values() for _, value in points)
             _finish(figure, axis, "thousands of images (kimg)", unit, "log", values)
-            panels.append(Panel(name.replace("/", "_"), title, caption, png(figure)))
+            panels.append(Panel(_file(name), title, caption, png(figure)))
     return panels
 
 
@@ -212,9 +273,21 @@ def at_the_end(rows: Sequence[Mapping[str, float]], family: str) -> dict[str, fl
     values: dict[str, list[float]] = {}
     for row in rows:
         for key, value in row.items():
-            if key.startswith(f"{family}/") and row["kimg"] >= 0.75 * last:
-                values.setdefault(key.partition("/")[2], []).append(value)
-    return {name: float(np.mean(found)) for name, found in sorted(values.items(), key=_place)}
+            name, _, bin = key.rpartition("/")
+            if name == family and level(bin) is not None and row["kimg"] >= 0.75 * last:
+                values.setdefault(bin, []).append(value)
+    return {bin: float(np.mean(values[bin])) for bin in sorted(values, key=_place)}
+
+
+def names_of(entries: Sequence[Entry]) -> dict[str, Family]:
+    """Families that some run has and that have a figure of their own.
+
+    Args:
+        entries: The runs.
+    """
+    files = [own_figures(key for row in entry.rows for key in row) for entry in entries]
+    found = {name: family for families in files for name, (family, _) in families.items()}
+    return {name: found[name] for name in dict.fromkeys([*FAMILIES, *found]) if name in found}
 
 
 def by_level(entries: Sequence[Entry]) -> list[Panel]:
@@ -224,53 +297,55 @@ def by_level(entries: Sequence[Entry]) -> list[Panel]:
         entries: The runs.
     """
     panels = []
-    for name, family in BY_LEVEL.items():
+    for name, family in names_of(entries).items():
         lines = {n: at_the_end(entry.rows, name) for n, entry in enumerate(entries)}
         lines = {number: found for number, found in lines.items() if found}
-        if not lines:
+        if not lines:  # only early in the runs
             continue
         figure, axis = _axes()
         values: list[float] = []
         for number, found in lines.items():
             width = 1.5 + 3 * (1 - (number + 1) / len(entries))  # covered lines stay visible
-            x, y = [level(bin) for bin in found], list(found.values())
+            x, y = list(map(_place, found)), list(found.values())
             if family.scale == "log":
                 y = [value if value > 0 else float("nan") for value in y]
-            label, own = entries[number].name, colour(number)
+            label, own = _plain(entries[number].name), colour(number)
             axis.plot(x, y, marker="o", ms=4, lw=width, alpha=0.85, color=own, label=label)
             values += y
             if family.beside is not None:
                 other = at_the_end(entries[number].rows, family.beside[0])
-                x = [level(bin) for bin in other]
+                x = list(map(_place, other))
                 axis.plot(x, other.values(), ":", color="black", zorder=5)
                 values += other.values()
         if family.beside is not None:
             axis.plot([], [], ":", color="black", label=family.beside[1])
         ticks = list(dict.fromkeys(chain.from_iterable(lines.values())))
         axis.set_xscale("log")
-        axis.set_xticks([level(bin) for bin in ticks], [_words(bin) for bin in ticks])
+        axis.set_xticks(list(map(_place, ticks)), list(map(_words, ticks)))
         axis.minorticks_off()
         _finish(figure, axis, "noise level t", family.axis, family.scale, values)
-        panels.append(Panel(name, family.title, family.caption, png(figure)))
+        panels.append(Panel(_file(name), family.title, family.caption, png(figure)))
     return panels
 
 
-def course(entries: Sequence[Entry], name: str) -> list[Panel]:
+def course(entries: Sequence[Entry], name: str, family: Family) -> list[Panel]:
     """A family over training: one panel per run, equal axes, one line per noise-level bin.
 
     Args:
         entries: The runs.
         name: Name of the family.
+        family: Its texts.
     """
     chosen: list[tuple[Entry, dict[str, list[tuple[float, float]]]]] = []
     for entry in entries:
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in entry.rows:
             for key in row:
-                if key.startswith(f"{name}/"):
-                    lines.setdefault(key.partition("/")[2], []).append((row["kimg"], row[key]))
+                first, _, bin = key.rpartition("/")
+                if first == name and level(bin) is not None:
+                    lines.setdefault(bin, []).append((row["kimg"], row[key]))
         if lines:
-            chosen.append((entry, dict(sorted(lines.items(), key=_place))))
+            chosen.append((entry, {bin: lines[bin] for bin in sorted(lines, key=_place)}))
     values = [y for _, lines in chosen for points in lines.values() for _, y in points]
     end = max((x for _, lines in chosen for points in lines.values() for x, _ in points), default=1)
     panels = []
@@ -280,28 +355,33 @@ def course(entries: Sequence[Entry], name: str) -> list[Panel]:
             own = shade(number, len(lines))
             axis.plot(*zip(*points, strict=True), color=own, label=f"t {_words(bin)}")
         axis.set_xlim(0, end)
-        family = BY_LEVEL[name]
         _finish(figure, axis, "thousands of images (kimg)", family.axis, family.scale, values)
         panels.append(Panel(f"{name}, {entry.name}", entry.name, "", png(figure)))
     return panels
 
 
-def level(bin: str) -> float:
-    """Where a noise-level bin is drawn: the geometric mean of its edges, beyond the outer ones."""
-    if bin.startswith("below_"):
-        return float(bin[6:]) / 5**0.5
-    if bin.startswith("above_"):
-        return float(bin[6:]) * 5**0.5
-    low, _, high = bin.rpartition("-")
-    return float((float(low) * float(high)) ** 0.5)
-
-
-def _place(item: tuple[str, Any]) -> float:
-    return level(item[0])
+def _place(bin: str) -> float:
+    return level(bin) or 0.0
 
 
 def _words(bin: str) -> str:
     return bin.replace("below_", "< ").replace("above_", "> ").replace("-", "–")
+
+
+def _plain(text: str, width: int = 44) -> str:
+    """A name as matplotlib draws it as it is, on as many lines as it needs."""
+    lines = textwrap.wrap(printable(text), width) or [""]
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def sentence(text: str) -> str:
+    """It with a capital; the rest as it is."""
+    return text[:1].upper() + text[1:]
+
+
+def _file(name: str) -> str:
+    """Name of a figure's file."""
+    return "".join(c if (c.isascii() and c.isalnum()) or c in ".-_" else "_" for c in name)[:100]
 
 
 def _axes(height: float = 3.6) -> tuple[Figure, Any]:
@@ -313,13 +393,13 @@ def _axes(height: float = 3.6) -> tuple[Figure, Any]:
 
 
 def _finish(figure: Figure, axis: Any, x: str, y: str, scale: str, values: Iterable[float]) -> None:
-    """Labels, scale, limits and the legend below."""
+    """Labels, scale, limits, and the legend below, for which the figure grows."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    found = np.array([value for value in values if np.isfinite(value)])
+    found = np.array([value for value in values if abs(value) < 1e100])
     axis.set_xlabel(x)
-    axis.set_ylabel(y)
-    positive = found[found > 0]
+    axis.set_ylabel(_plain(y, 36))
+    positive = found[found > 1e-100]
     if scale == "log" and len(positive):
         low, high = positive.min(), positive.max()
         axis.set_yscale("log", nonpositive="clip")
@@ -333,7 +413,12 @@ def _finish(figure: Figure, axis: Any, x: str, y: str, scale: str, values: Itera
         room = 0.05 * max(found.max() - min(found.min(), 0), 1e-12)
         axis.set_ylim(min(found.min(), 0) - room, found.max() + room)
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    labels = [str(text) for text in axis.get_legend_handles_labels()[1]]
+    longest = max((len(line) for text in labels for line in text.split("\n")), default=0)
+    columns = max(1, min(3, int(4.7 / (0.55 + 0.085 * longest))))  # inches of a line and a letter
+    rows = -(-len(labels) // columns) * max((text.count("\n") + 1 for text in labels), default=0)
+    figure.set_figheight(figure.get_figheight() + 0.19 * rows)
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
 
 
 def png(figure: Figure) -> bytes:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,11 @@ __all__ = [
     "curves",
     "distinct",
     "grids",
+    "made",
     "nfe_of",
+    "origin",
     "read_entry",
+    "read_record",
     "settings",
 ]
 
@@ -35,6 +39,16 @@ _START = {
     "git?": {"commit": str},
     "resumed_from?": str,
     "kimg?": float,
+    "time?": str,
+    "host?": str,
+    "versions?": {...: str},
+}
+_IDENTITY = {
+    "features?": str,
+    "features_sha256?": str,
+    "n?": int,
+    "reference?": str,
+    "data_fingerprint?": str,
 }
 
 SAME = {
@@ -69,6 +83,28 @@ class Entry:
     config: dict[str, Any]
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """``run.json`` of a run.
+
+    Args:
+        path: The run directory.
+
+    Raises:
+        InputError: If it is not a run.
+    """
+    try:
+        record = read_mapping(path / "run.json")
+        form = RECORD | {"seed": int, "starts": [_START], "wandb_id?": str}
+        check_form(record, form, str(path / "run.json"))
+        if not record["starts"]:
+            raise InputError("It has no start.")
+    except InputError as error:
+        raise InputError(
+            f"{path} is not a run directory: run.json cannot be read. {error}"
+        ) from error
+    return record
+
+
 def read_entry(path: Path, evaluated: bool = True) -> Entry:
     """Read a run directory.
 
@@ -79,15 +115,7 @@ def read_entry(path: Path, evaluated: bool = True) -> Entry:
     Raises:
         InputError: If it is not a run, or has no results yet.
     """
-    try:
-        record = read_mapping(path / "run.json")
-        check_form(record, RECORD | {"seed": int, "starts": [_START]}, str(path / "run.json"))
-        if not record["starts"]:
-            raise InputError("It has no start.")
-    except InputError as error:
-        raise InputError(
-            f"{path} is not a run directory: run.json cannot be read. {error}"
-        ) from error
+    record = read_record(path)
     rows = read_metrics(path / "metrics.csv")
     found = path / "eval" / "eval.json"
     content = read_mapping(found) if evaluated and found.is_file() else {}
@@ -116,7 +144,9 @@ def read_entry(path: Path, evaluated: bool = True) -> Entry:
         measured = results.get("measured_with") or {}
         identity = {key: measured.get(key) for key in [*SAME, "features"]}
         identity["data_fingerprint"] = record.get("data_fingerprint")
+    check_form(identity, _IDENTITY, f"What {path} was measured with")
     config = read_config(path / "config.yaml")
+    check_form(config, {"samples?": {"seed?": int}}, str(path / "config.yaml"))
     return Entry(path.name, path, record, rows, identity, distances, config)
 
 
@@ -159,7 +189,8 @@ def grids(entry: Entry) -> dict[tuple[str, str], Path]:
     """
     found = {}
     for folder in sorted((entry.path / "samples").glob("*/*")):
-        pictures = sorted(folder.glob("kimg*.png"))
+        pictures = sorted(folder.glob("kimg[0-9]*.png"))
+        pictures = [path for path in pictures if re.fullmatch(r"kimg\d+(\.\d+)?", path.stem)]
         if pictures:
             found[folder.parent.name, folder.name] = pictures[-1]
     return found
@@ -185,6 +216,63 @@ def _words(value: Any) -> str:
     """A setting as people write it: classes of this package by their own name."""
     text = str(value)
     return text.rpartition(".")[2] if text.startswith("cm_lightning.") else text
+
+
+def origin(record: Mapping[str, Any], path: Path) -> str:
+    """Where a run was made, from what, and the command that makes it again.
+
+    Args:
+        record: Its ``run.json``.
+        path: The run directory.
+    """
+    start, first = record["starts"][-1], record["starts"][0]
+    parent = first.get("resumed_from")  # a run's own checkpoints are no part of its first start
+    words = ["cm-fit", "--config", str(path / "config.yaml")]
+    words += ["--resume", parent] if parent else []
+    wandb = record.get("wandb_id")
+    return (
+        f"{record['regime']} on {start['device']}, seed {record['seed']}, "
+        + (f"{_day(start)}, " if start.get("time") else "")
+        + f"commit {_commit(start)}"
+        + (f", W&B run {wandb}" if wandb else "")
+        + (f", from {parent} at {first.get('kimg') or 0:g} kimg" if parent else "")
+        + f"; again: `{shlex.join(words)} --run_dir NEW`"
+    )
+
+
+def made(records: Sequence[Mapping[str, Any]]) -> str:
+    """When, on which machines and by which programs runs were made, in a sentence.
+
+    Args:
+        records: Their ``run.json``.
+    """
+    starts = [start for record in records for start in record["starts"]]
+    days = sorted(_day(start) for start in starts if start.get("time"))
+    when = f" from {days[0]} to {days[-1]}" if days else ""
+    devices = dict.fromkeys(start["device"] for start in starts)
+    hosts = dict.fromkeys(start["host"] for start in starts if start.get("host"))
+    versions = dict.fromkeys(
+        f"{name} {start['versions'][name]}"
+        for name in ("cm_lightning", "python", "torch", "lightning")
+        for start in starts
+        if name in (start.get("versions") or {})
+    )
+    commits = dict.fromkeys(_commit(start) for start in starts)
+    return (
+        f"{len(records)} runs{when} on {' and '.join(devices)}"
+        + (f" (machine {', '.join(hosts)})" if hosts else "")
+        + (f", by {', '.join(versions)}" if versions else "")
+        + f", commit {', '.join(commits)}."
+    )
+
+
+def _commit(start: Mapping[str, Any]) -> str:
+    git = start.get("git") or {}
+    return str(git.get("commit", "unknown"))[:12] + (" with changes" if git.get("changed") else "")
+
+
+def _day(start: Mapping[str, Any]) -> str:
+    return str(start["time"])[:16].replace("T", " ") + " UTC"
 
 
 def distinct(entries: list[Entry]) -> list[Entry]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from cm_lightning.types import InputError
 __all__ = [
     "OUTCOME",
     "RECORD",
+    "WORDS",
     "Answer",
     "answers",
     "arms_table",
@@ -23,12 +25,16 @@ __all__ = [
     "interval",
     "label",
     "main_results",
+    "measured_over",
     "other_results",
+    "printable",
     "read_outcome",
+    "result_words",
     "search_table",
     "summary",
     "table",
     "unanswered",
+    "verdicts",
 ]
 
 RECORD = {
@@ -45,7 +51,14 @@ OUTCOME = {
     "title": str,
     "seeds": [int],
     "arms": {
-        ...: {"runs": [str], "share?": float, "of?": str, "time_of?": str, "tuned?": (object, bool)}
+        ...: {
+            "about?": str,
+            "runs": [str],
+            "share?": float,
+            "of?": str,
+            "time_of?": str,
+            "tuned?": (object, bool),
+        }
     },
     "first": {...: {...: float}},
     "key": str,
@@ -60,9 +73,9 @@ class Answer(NamedTuple):
     """One comparison of a study.
 
     Attributes:
-        arm: The arm, with the name of its result if the question names one.
+        arm: The arm, with what tells its result from the other if the question names them.
         baseline: What it is compared with.
-        result: The result, in words; empty if the sides name theirs.
+        result: The result, or what is common to the two that are named, in words.
         ours: Values of the arm, seed by seed.
         theirs: Values of the baseline.
     """
@@ -98,9 +111,17 @@ def interval(values: Sequence[float] | np.ndarray[Any, Any]) -> tuple[float, flo
     return float(array.mean()), float(width)
 
 
+def printable(text: str) -> str:
+    """A text without what a terminal would obey instead of showing it; lines stay lines."""
+    return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else "", text)
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
+    lines = [
+        [cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in [head, *rows]
+    ]
+    lines.insert(1, ["---"] * len(head))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -137,6 +158,71 @@ def main_results(outcome: Mapping[str, Any]) -> list[str]:
     return [key for key in names if 2 * sum(key in results for results in found) > len(found)]
 
 
+WORDS = {
+    "arm": "one setting that a study trains and compares, over several seeds",
+    "call": "one evaluation of the network; images are drawn in one or a few",
+    "kimg": "1,000 images seen in training",
+    "FD": "Frechet distance between features of generated and of training images; 0 is perfect",
+    "EMA, average": "a moving average of the weights over training, used in their place; std is "
+    "its length as a share of the run, rate what survives of it per step",
+    "live": "the weights themselves, without an average",
+    "teacher": "a diffusion model, from which a run starts or which it distils",
+    "CT": "consistency training: the network learns to give the same image at two neighbouring "
+    "noise levels",
+    "iCT": "improved consistency training: CT without a copy of the network, on a finer grid of "
+    "noise levels",
+    "ECT": "easy consistency tuning: the two noise levels draw closer in stages",
+    "SCT": "stable consistency tuning: ECT in smaller steps, targets averaged over many images",
+    "CD": "consistency distillation: learns from steps that a teacher takes",
+    "GC": "generator-augmented coupling: some training images are the model's own",
+}
+"""What names and short forms in reports mean."""
+
+_PARTS = {
+    r"live": r"live weights",
+    r"ema_std(.+)": r"average std \1",
+    r"ema_halflife(.+)k": r"average of half-life \1 kimg",
+    r"ema_warmup(.+)": r"average of rate \1 with warm-up",
+    r"ema_(.+)": r"average of rate \1",
+    r"fid(\d+k?)": r"Inception features of \1 samples",
+    r"fd_(dinov2(?:_[a-z]+)?|.+?)_?(\d+k?)": r"\1 features of \2 samples",
+    r"nfe(\d+)": r"\1 network calls",
+    r"(euler|heun)_nfe(\d+)": r"\1, \2 network calls",
+    r"phased_nfe(\d+)": r"\1 network calls in phases",
+    r"phased_nfe(\d+)_eta(.+)": r"\1 network calls in phases, eta \2",
+    r"sigmas (.+)": r"noise levels \1",
+    r"phases (.+)": r"phases between noise levels \1",
+}
+
+
+def _part_words(part: str) -> str:
+    name, at, share = part.partition("@")
+    for pattern, words in _PARTS.items():
+        if match := re.fullmatch(pattern, name):
+            name = match.expand(words)
+            break
+    name = re.sub(r"\b1 network calls", "1 network call", name)
+    return f"{name} at {share} of the run" if at else name
+
+
+def result_words(key: str) -> str:
+    """The name of a result, or a part of one, in words.
+
+    Args:
+        key: Such as ``fd_digits2k/ema_0.993/nfe1``.
+    """
+    return ", ".join(map(_piece_words, _pieces(key)))
+
+
+def _pieces(key: str) -> list[str]:
+    return [piece for part in key.split("/") for piece in part.split(", ")]
+
+
+def _piece_words(piece: str) -> str:
+    scale, by, profile = piece.partition(" by ")  # of guidance
+    return f"{scale} by {_part_words(profile)}" if by else _part_words(piece)
+
+
 def label(key: str, among: Sequence[str]) -> str:
     """A result in words: number of network calls, and what else tells it from others.
 
@@ -151,9 +237,12 @@ def label(key: str, among: Sequence[str]) -> str:
         for i, part in enumerate(parts[:-1])
         if len({tuple(other[i : i + 1]) for other in others}) > 1
     ]
-    match = re.fullmatch(r"nfe(\d+)", parts[-1])
-    last = parts[-1] if match is None else f"{match[1]} call{'s' if match[1] != '1' else ''}"
-    return ", ".join([*kept, last])
+    return result_words("/".join([*kept, parts[-1]]))
+
+
+def measured_over(keys: Sequence[str]) -> str:
+    """Features and numbers of samples of results in words."""
+    return " and ".join(dict.fromkeys(_part_words(key.partition("/")[0]) for key in keys))
 
 
 def answers(outcome: Mapping[str, Any]) -> Iterator[tuple[str, list[Answer]]]:
@@ -169,16 +258,24 @@ def answers(outcome: Mapping[str, Any]) -> Iterator[tuple[str, list[Answer]]]:
                 if left is None or right is None:
                     continue
                 if key is None:
-                    sides = _side(arm, ours), _side(baseline, theirs)
-                    found.append(Answer(*sides, "", left, right))
+                    a, b, shared = _sides(ours, theirs)
+                    found.append(Answer(arm + a, baseline + b, shared, left, right))
                 else:
                     found.append(Answer(arm, baseline, label(key, main), left, right))
         if found:
             yield question, found
 
 
-def _side(arm: str, key: str) -> str:
-    return f"{arm}, {key.partition('/')[2].replace('/', ', ')}"
+def _sides(*keys: str) -> tuple[str, str, str]:
+    """What tells two results apart, in words after the names of their arms, and what they share."""
+    left, right = (_pieces(key.partition("/")[2] or key) for key in keys)
+    shared = [piece for piece in left if piece in right]
+    own = [
+        ", ".join(_piece_words(piece) for piece in pieces if piece not in shared)
+        for pieces in (left, right)
+    ]
+    a, b = (f" ({words or 'without'})" if any(own) else "" for words in own)
+    return a, b, ", ".join(map(_piece_words, shared))
 
 
 def shown(values: Sequence[float]) -> str:
@@ -197,7 +294,7 @@ def arms_table(outcome: Mapping[str, Any], out: Path) -> tuple[list[str], list[l
     main = main_results(outcome)
     tuned = [outcome["key"].rpartition(".")[2]] if outcome["key"] else []
     about = ["what it is"] if any(arm.get("about") for arm in outcome["arms"].values()) else []
-    head = ["arm", *(label(key, main) for key in main), "kimg", "minutes", *tuned, *about]
+    head = ["arm", *about, *(label(key, main) for key in main), "kimg", "minutes", *tuned]
     rows = []
     for name, arm in outcome["arms"].items():
         records = [read_mapping(out / run / "run.json") for run in arm["runs"]]
@@ -205,9 +302,10 @@ def arms_table(outcome: Mapping[str, Any], out: Path) -> tuple[list[str], list[l
             check_form(record, RECORD, f"run.json of {name}")
         minutes = [sum(s.get("seconds") or 0 for s in record["starts"]) / 60 for record in records]
         found = outcome["results"][name]
-        row = [name, *(shown(found[key]) if key in found else "" for key in main)]
+        row = [name, *[arm.get("about") or ""] * len(about)]
+        row += [shown(found[key]) if key in found else "" for key in main]
         row += [f"{records[0]['total_kimg']:g}", f"{np.mean(minutes):.1f}"]
-        row += [f"{arm.get('tuned', '')}"] * len(tuned) + [arm.get("about") or ""] * len(about)
+        row += [f"{arm.get('tuned', '')}"] * len(tuned)
         rows.append(row)
     return head, rows
 
@@ -252,24 +350,24 @@ def unanswered(outcome: Mapping[str, Any]) -> list[str]:
         plain = not any(key for _, _, key in sides) and all(arm in results for arm in arms)
         if plain and not any(all(key in results[arm] for arm in arms) for key in main):
             found.append(f"{arms[0]} against {arms[1]} in any one measure")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def explanation(outcome: Mapping[str, Any]) -> list[str]:
     """How to read the tables, in paragraphs."""
     main, seeds = main_results(outcome), ", ".join(map(str, outcome["seeds"]))
-    bases = dict.fromkeys(key.rpartition("/")[0] for key in main)
     timed = {
         name: (arm["time_of"], arm["share"])
         for name, arm in outcome["arms"].items()
         if arm.get("time_of") is not None and arm.get("share") is not None
     }
     lines = [
-        "Values are Frechet distances between generated and training images: 0 is perfect, lower "
-        f"is better. Columns: {', '.join(bases)} (features and number of samples, then the average "
-        "of the weights that was measured, live for the weights themselves) and network calls per "
-        f"image. Mean ± 95 % interval (Student's t) over training seeds {seeds}. kimg: thousands "
-        "of images seen; minutes: of one run, its evaluation included."
+        "Values are Frechet distances (FD) between generated and training images"
+        + (f", over {measured_over(main)}" if main else "")
+        + ": 0 is perfect, lower is better. Each is for one moving average of the weights (EMA; "
+        "live: the weights themselves) and a number of network calls per image. Mean ± 95 % "
+        f"interval (Student's t) over training seeds {seeds}. kimg: thousands of images seen in "
+        "training; minutes: of one run, its evaluation included."
     ]
     if timed:
         times = ", ".join(f"{name} {share:g} ({other})" for name, (other, share) in timed.items())
@@ -287,17 +385,47 @@ HOW = (
 """How to read the answers."""
 
 
+def verdicts(found: Sequence[Answer]) -> list[str]:
+    """The answer to a question: a sentence for each pair of arms.
+
+    Pairs of one measure that have a baseline and a verdict in common share theirs.
+
+    Args:
+        found: Its comparisons.
+    """
+    pairs: dict[tuple[str, str], list[str]] = {}
+    for answer in found:
+        pairs.setdefault((answer.arm, answer.baseline), []).append(answer.verdict)
+    single: dict[tuple[str, str], list[str]] = {}
+    sentences = []
+    for (arm, baseline), words in pairs.items():
+        if len(words) == 1:
+            single.setdefault((words[0], baseline), []).append(arm)
+            continue
+        (first, most), *others = Counter(words).most_common()
+        share = f"{most} of {len(words)}"
+        if not others:
+            share = "both" if most == 2 else f"all {most}"
+        rest = "".join(f", {word} in {number}" for word, number in others)
+        sentences.append(f"{arm} against {baseline}: {first} in {share} measures{rest}.")
+    links = {"better": "better than", "worse": "worse than", "undecided": "undecided against"}
+    for (word, baseline), arms in single.items():
+        sentences.append(f"{links[word].capitalize()} {baseline}: {'; '.join(arms)}.")
+    return sentences
+
+
 def answer_rows(found: Sequence[Answer]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of one question."""
-    rows = []
+    rows, measures = [], any(answer.result for answer in found)
     for answer in found:
         mean, width = answer.difference
         difference, base = f"{mean:+.3f} ± {width:.3f}", np.mean(answer.theirs)
         if base > 0:
             difference += f" ({100 * mean / base:+.1f} %)"
-        names = [answer.arm, answer.verdict, answer.baseline, answer.result]
+        names = [answer.arm, answer.verdict, answer.baseline, *[answer.result] * measures]
         rows.append([*names, difference, shown(answer.ours), shown(answer.theirs)])
-    return ["arm", "is", "than", "result", "difference", "arm's", "baseline's"], rows
+    head = ["arm", "is", "than", *["measure"] * measures, "difference"]
+    return [*head, "arm's FD", "the other's FD"], rows
 
 
 def summary(outcome: Mapping[str, Any], out: Path) -> str:
@@ -312,7 +440,7 @@ def summary(outcome: Mapping[str, Any], out: Path) -> str:
     if found:
         text += ["## Questions", HOW]
     for question, pairs in found:
-        text += [f"### {question}", table(*answer_rows(pairs))]
+        text += [f"### {question}", f"**{' '.join(verdicts(pairs))}**", table(*answer_rows(pairs))]
     missing = unanswered(outcome)
     if missing:
         text.append(f"No such results, so no answer: {'; '.join(missing)}.")
@@ -321,4 +449,5 @@ def summary(outcome: Mapping[str, Any], out: Path) -> str:
         text += ["## Further results", table(["run", "result", "value"], others)]
     if outcome["search"]:
         text += ["## Search", "Means over the seeds of the search.", table(*search_table(outcome))]
-    return "\n\n".join(text) + "\n"
+    text += ["## Words", "\n".join(f"- **{word}**: {meaning}." for word, meaning in WORDS.items())]
+    return printable("\n\n".join(text) + "\n")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cm_lightning.families import FAMILIES
+from cm_lightning.families import families_in
 from cm_lightning.files import replacing
 from cm_lightning.objective import Discretization
 from cm_lightning.types import InputError
@@ -40,7 +41,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             {key: float(value) for key, value in row.items() if value not in ("", None)}
             for row in rows
         ]
-        if any("kimg" not in row or None in row for row in found):
+        if any(None in row or not math.isfinite(row.get("kimg", math.inf)) for row in found):
             raise ValueError("a row has no kimg, or more cells than the first line")
         return found
     except (OSError, TypeError, ValueError, csv.Error) as error:
@@ -57,23 +58,19 @@ def diagnostics_figure(rows: list[dict[str, float]], title: str = "") -> Figure 
     Returns:
         The figure, or ``None`` if no family was logged.
     """
-    families = {
-        name: list(dict.fromkeys(key for row in rows for key in row if key.startswith(f"{name}/")))
-        for name in FAMILIES
-    }
-    families = {name: keys for name, keys in families.items() if keys}
+    families = families_in(key for row in rows for key in row)
     if not families:
         return None
     columns = min(len(families), 4)
     lines = -(-len(families) // columns)
     figure, axes = _figure(lines, columns)
-    for (name, keys), axis in zip(families.items(), axes, strict=False):
-        for number, key in enumerate(keys):
+    for (name, (family, bins)), axis in zip(families.items(), axes, strict=False):
+        keys = [f"{name}/{bin}" for bin in bins]
+        for number, (key, bin) in enumerate(zip(keys, bins, strict=True)):
             points = [(row["kimg"], row[key]) for row in rows if key in row]
-            label = key.partition("/")[2].replace("_", " ")
+            label = bin.replace("_", " ")
             axis.plot(*zip(*points, strict=True), color=shade(number, len(keys)), label=label)
-        family = FAMILIES[name]
-        axis.set_title(family.title, fontsize=9)
+        axis.set_title(family.title, fontsize=9, parse_math=False)
         axis.set_xlabel("kimg")
         values = [row[key] for row in rows for key in keys if key in row]
         if family.scale == "log" and all(value >= 0 for value in values) and any(values):

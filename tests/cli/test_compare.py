@@ -10,10 +10,14 @@ from html.parser import HTMLParser
 
 import pytest
 
+from cm_lightning.cli import compare_figures
 from cm_lightning.cli.compare import curves, differing, read_entry
-from cm_lightning.cli.compare_figures import at_the_end, level
+from cm_lightning.cli.compare_figures import all_panels, at_the_end, by_level, distance_panels
+from cm_lightning.cli.compare_runs import Entry
 from cm_lightning.cli.fit import main
-from cm_lightning.evaluation import read_metrics
+from cm_lightning.dashboard import panel
+from cm_lightning.evaluation import diagnostics_figure, read_metrics
+from cm_lightning.families import families_in, level, own_figures
 from tests.cli.conftest import DIGITS, ONE_CALL, ROOT, TINY
 
 BINS = {"above_10": 4.0, "0.5-2": 2.0, "below_0.5": 1.0, "2-10": 3.0}
@@ -135,6 +139,10 @@ def test_bins_lie_in_the_order_of_noise_and_at_their_own_level():
     assert list(found) == sorted(BINS, key=level)
     assert level("0.5-2") == pytest.approx(1)
     assert level("1e-05-0.1") == pytest.approx(1e-3)
+    assert level("1e-07-1e-05") == pytest.approx(1e-6)
+    assert level("0-5") == pytest.approx(5**0.5)
+    for text in ("evil", "below_x", "-1-2", "2", "above_1e999", "1-2/3", "below_0"):
+        assert level(text) is None
     assert at_the_end([], "ess") == {}
 
 
@@ -255,3 +263,163 @@ def test_mistakes(runs, program, tmp_path):
     assert "has no results yet" in program("cm-compare", *runs).err
     shutil.rmtree(runs[1])
     assert program("cm-compare", *runs).code == 2
+
+
+def entry(name, rows, last=(), path=None):
+    """A run of these rows of metrics."""
+    record = {"results": {"last": dict.fromkeys(last, 1.0)}, "starts": [], "total_kimg": 2}
+    return Entry(name, path, record, rows, {}, {}, {})
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures as they are drawn, in the place of their files."""
+    found = []
+
+    monkeypatch.setattr(compare_figures, "png", lambda figure: found.append(figure) or b"")
+    return found
+
+
+def legends(figure):
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def test_lines_of_distances_are_of_what_all_runs_have(drawn):
+    """The live weights are best in one run, and the other has none."""
+    shared, own = "fd_digits2k/ema_std0.100/nfe1", "fd_digits2k/live/nfe1"
+    rows = [{"kimg": k, shared: 9.0 - k, own: 1.0} for k in (1.0, 2.0)]
+    pair = [
+        entry("both", rows, [shared, own]),
+        entry("one", [{"kimg": k, shared: 5.0} for k in (1.0, 2.0)], [shared]),
+        entry("phased", [{"kimg": 1.0, "fd_digits2k/live/phased_nfe4": 1.0}]),
+    ]
+    first, _ = distance_panels(pair)
+    assert [line.get_ydata().tolist() for line in drawn[0].axes[0].lines] == [[8, 7], [5, 5]]
+    assert legends(drawn[0]) == ["both", "one"]
+    assert first.caption.startswith(
+        "Frechet distance over digits features of 2k samples, average std 0.100, 1 network call. "
+    )
+    # where they share nothing each line says what it is
+    alone = [entry("x", rows, [own]), entry("y", rows, [shared])]
+    first, _ = distance_panels(alone)
+    assert "share no average" in first.caption
+    words = "digits features of 2k samples"
+    assert " ".join(legends(drawn[2])[0].split()) == f"x: {words}, live weights, 1 network call"
+    # and one point is no course
+    assert distance_panels([entry("both", rows[-1:], [shared, own])]) == []
+
+
+def test_figures_grow_with_their_legend_and_cut_nothing(tmp_path):
+    """Fifteen arms, one of a long name: every text lies inside and the plot keeps its size."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    names = [f"number-{n}-gc-time" for n in range(14)] + [" ".join(["a long name"] * 9)]
+    pictures = []
+    real = compare_figures.png
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_figures, "png", lambda f: pictures.append(f) or real(f))
+        rows = [{"kimg": k, "gradient/norm": k, "discrepancy/1-2": k} for k in (1.0, 2.0)]
+        all_panels([entry(name, rows, path=tmp_path) for name in names])
+    assert len(pictures) == 2
+    for figure in pictures:
+        FigureCanvasAgg(figure).draw()
+        (legend,) = figure.legends
+        (axis,) = figure.axes
+        for text in (*legend.get_texts(), axis.yaxis.label, axis.xaxis.label):
+            box = text.get_window_extent()
+            assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1, text
+            assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1, text
+        assert axis.bbox.height > 2.4 * figure.dpi
+        assert not legend.get_window_extent().overlaps(axis.get_tightbbox())
+
+
+OWN = r"sharp_$\frac{$"
+NOTED = {"kimg": 1.0, "loss_by_sigma/1-2": 1.0, "loss_by_sigma/evil": 2.0, "speed/x": 3.0} | {
+    f"{name}/1-2": 5.0 for name in (OWN, "ess")
+}
+
+
+def test_values_that_a_regime_of_ones_own_notes_are_drawn(drawn):
+    """Those of the bins of the loss are; what has other bins is something else."""
+    assert families_in(["other/1-3", *NOTED]).keys() == {"loss_by_sigma", "ess", OWN}
+    family, bins = own_figures(NOTED)[OWN]
+    title = OWN.replace("sharp_", "Sharp ")
+    assert bins == ["1-2"]
+    assert family.scale == "linear"
+    panels = {panel.title: panel for panel in by_level([entry("run", [NOTED])])}
+    assert panels.keys() == {"Loss", "Effective sample size", title}
+    assert panels[title].name == "sharp___frac__"
+    assert panels[title].caption == "A value that the regime notes for every image."
+    figure = diagnostics_figure([NOTED])
+    assert [axis.get_title() for axis in figure.axes if axis.lines] == list(panels)
+    figure.savefig("/dev/null", format="png")
+    assert panel(f"{OWN}/1-2") == f"by_level_{OWN}/1-2"
+    assert panel("fd_a2k/live/nfe1") == "fd_a2k/live/nfe1"
+
+
+def rewrite(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_files_say_is_shown_and_not_obeyed(runs, program, tmp_path):
+    """Markup, mathematics and escapes of terminals; a link in the place of a figure."""
+    evil = "<i>$\\frac{$\x1b[2J"
+    run = runs[0].rename(tmp_path / "a $\\frac{$ <i>")
+    rewrite(run / "run.json", regime=evil, wandb_id=evil)
+    text = (run / "metrics.csv").read_text()
+    for name in ("loss_by_sigma/evil", "noted<i>$\\frac{$/2-10"):
+        head, *lines = text.splitlines()
+        text = "\n".join([f"{head},{name}", *(f"{line},1" for line in lines)]) + "\n"
+    (run / "metrics.csv").write_text(text)
+    (run / "samples/ema_0.9/nfe1/kimg<i>.png").write_bytes(b"")
+    kept = tmp_path / "kept"
+    kept.write_text("mine")
+    figures = tmp_path / "out/figures"
+    figures.mkdir(parents=True)
+    (figures / "gradient_norm.png").symlink_to(kept)
+    done = program("cm-compare", run, runs[1], "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    page = (tmp_path / "out/comparison.html").read_text()
+    assert "<i>" not in page
+    assert "Noted&lt;i&gt;$\\frac{$</b>. A value that the regime notes" in page
+    report = (tmp_path / "out/comparison.md").read_text()
+    assert "\x1b" not in page + report + done.out
+    assert f"`cm-fit --config '{run}/config.yaml' --run_dir NEW`" in report
+    assert kept.read_text() == "mine"
+    assert not (figures / "gradient_norm.png").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("config.yaml", lambda text: text + "\nsamples: [1]\n", "'samples' of"),
+        ("config.yaml", lambda text: text + "\nsamples: {seed: <b>}\n", "'samples.seed' of"),
+        ("run.json", lambda text: text.replace('"n": 66', '"n": "66"'), "'n' of What"),
+        ("run.json", lambda text: text.replace('"seconds":', '"time": 3, "x":'), "starts.0.time"),
+        (
+            "metrics.csv",
+            lambda text: text + "inf" + "," * text.split("\n")[0].count(",") + "\n",
+            "is",
+        ),
+    ],
+)
+def test_damaged_files_are_told_in_a_sentence(runs, program, tmp_path, name, change, words):
+    path = runs[0] / name
+    text = path.read_text().replace("\nsamples:", "\nsamples_before:")
+    path.write_text(change(text))
+    done = program("cm-compare", *runs, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert words in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_a_picture_is_a_png_or_none(runs, program, tmp_path):
+    from PIL import Image
+
+    path = sorted(runs[0].glob("samples/ema_0.9/nfe1/*.png"))[-1]
+    Image.new("L", (8, 8)).save(path, format="GIF")
+    done = program("cm-compare", *runs, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert f"{path} is no picture" in done.err
+    Image.new("LA", (8, 8)).save(path, format="PNG")
+    assert program("cm-compare", *runs, "--out", tmp_path / "out").code == 0

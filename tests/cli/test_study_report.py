@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 
 import numpy as np
@@ -19,8 +20,12 @@ from cm_lightning.cli.study_report import (
     label,
     main_results,
     other_results,
+    printable,
+    result_words,
     search_table,
     summary,
+    unanswered,
+    verdicts,
 )
 from cm_lightning.cli.study_runs import Run, Runner, finished
 from cm_lightning.types import InputError
@@ -49,14 +54,14 @@ def test_answers_of_known_numbers():
     found = dict(answers(KNOWN))
     assert list(found) == ["Which?", "Inside one arm?"]
     one, two = found["Which?"]
-    assert (one.result, two.result) == ("1 call", "2 calls")
+    assert (one.result, two.result) == ("1 network call", "2 network calls")
     assert one.difference == (-2.0, 0.0)
     assert (one.verdict, two.verdict) == ("better", "undecided")
     assert two.difference == (0.0, pytest.approx(2.484, abs=1e-3))
     (inside,) = found["Inside one arm?"]
     assert inside.difference == (3.0, 0.0)
     assert inside.verdict == "worse"
-    assert inside.baseline == "base, ema, nfe1"
+    assert (inside.arm, inside.baseline) == ("base (own)", "base (ema, 1 network call)")
 
 
 def test_what_most_arms_have_is_in_the_table(tmp_path):
@@ -67,16 +72,75 @@ def test_what_most_arms_have_is_in_the_table(tmp_path):
     outcome = KNOWN | {"arms": KNOWN["arms"] | {"phased": other}, "results": results}
     assert main_results(outcome) == ["fd/ema/nfe1", "fd/ema/nfe2"]
     head, rows = arms_table(outcome, tmp_path)
-    assert head == ["arm", "1 call", "2 calls", "kimg", "minutes"]
+    assert head == ["arm", "1 network call", "2 network calls", "kimg", "minutes"]
     assert rows[2] == ["phased", "", "", "2", "1.0"]
     assert [row[1] for row in other_results(outcome)] == ["own", "fd/ema/nfe4"]
 
 
 def test_labels_say_what_differs():
     keys = ["fd_a10k/ema/nfe1", "fd_b10k/ema/nfe2", "steps/ema/sigmas 80 2"]
-    assert [label(key, keys[:1]) for key in keys[:1]] == ["1 call"]
-    words = ["fd_a10k, 1 call", "fd_b10k, 2 calls", "steps, sigmas 80 2"]
-    assert [label(key, keys) for key in keys] == words
+    assert [label(key, keys[:1]) for key in keys[:1]] == ["1 network call"]
+    assert [label(key, keys) for key in keys] == [
+        "a features of 10k samples, 1 network call",
+        "b features of 10k samples, 2 network calls",
+        "steps, noise levels 80 2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("fd_digits2k/ema_std0.200/nfe1", "digits features of 2k samples, average std 0.200, "),
+        ("fd_dinov250k", "dinov2 features of 50k samples"),
+        ("fd_dinov2_small50k", "dinov2_small features of 50k samples"),
+        ("fid50k", "Inception features of 50k samples"),
+        ("live/nfe21", "live weights, 21 network calls"),
+        ("ema_0.9993", "average of rate 0.9993"),
+        ("ema_halflife10k/euler_nfe18", "average of half-life 10 kimg, euler, 18 network calls"),
+        ("phased_nfe4_eta0.8", "4 network calls in phases, eta 0.8"),
+        ("phases 0 2 80, eta 0.8", "phases between noise levels 0 2 80, eta 0.8"),
+        (
+            "sigmas 80, guidance 2 by ema_std0.100@0.5",
+            "noise levels 80, guidance 2 by average std 0.100 at 0.5 of the run",
+        ),
+        ("own", "own"),
+    ],
+)
+def test_names_of_results_in_words(key, words):
+    assert result_words(key).startswith(words)
+
+
+def test_sides_of_a_question_say_what_differs():
+    """What both have is the measure; of one arm with nothing of its own, 'without'."""
+    results = {"a": {"s/live/x, eta 2": [1, 2, 3], "s/live/x": [3, 3, 3], "s/ema_0.9/x": [4, 5, 6]}}
+    results["b"] = results["a"]
+    pairs = [["a | s/live/x, eta 2", "a | s/live/x"], ["a | s/live/x", "a | s/ema_0.9/x"]]
+    pairs.append(["a | s/live/x", "b | s/live/x"])
+    outcome = {"results": results, "questions": {"?": pairs}}
+    ((_, found),) = answers(outcome)
+    assert [answer[:3] for answer in found] == [
+        ("a (eta 2)", "a (without)", "live weights, x"),
+        ("a (live weights)", "a (average of rate 0.9)", "x"),
+        ("a", "b", "live weights, x"),
+    ]
+
+
+def test_a_question_is_answered_in_a_sentence_for_each_pair():
+    low, high, wide = [1.0, 1.0], [2.0, 2.0], [0.0, 3.0]
+    found = [Answer("a", "b", "", low, high)] * 3 + [Answer("a", "b", "", wide, low)]
+    found += [Answer("c", "b", "", high, low)] * 2
+    found += [Answer("d", "b", "", low, high), Answer("e", "b", "", low, high)]
+    found.append(Answer("f", "b", "", wide, low))
+    assert verdicts(found) == [
+        "a against b: better in 3 of 4 measures, undecided in 1.",
+        "c against b: worse in both measures.",
+        "Better than b: d; e.",
+        "Undecided against b: f.",
+    ]
+
+
+def test_printed_text_obeys_no_one():
+    assert printable("a\x1b[31mb\n\u202ec\x00 é ± \ud800|") == "a[31mb\nc é ± |"
 
 
 @pytest.mark.parametrize(
@@ -117,9 +181,12 @@ def test_minutes_count_every_start_and_are_averaged_over_seeds(tmp_path):
     tuned = {name: arm | {"tuned": 3e-4} for name, arm in KNOWN["arms"].items()}
     tuned["base"]["about"] = "the baseline"
     head, rows = arms_table(KNOWN | {"arms": tuned, "key": "model.optimizer.lr"}, tmp_path)
-    assert head[3:] == ["kimg", "minutes", "lr", "what it is"]
-    assert rows[0][3:] == ["19.62", "2.0", "0.0003", "the baseline"]
-    assert rows[1][3:] == ["2", "2.0", "0.0003", ""]
+    assert head[:2] == ["arm", "what it is"]
+    assert head[4:] == ["kimg", "minutes", "lr"]
+    assert rows[0][:2] == ["base", "the baseline"]
+    assert rows[0][4:] == ["19.62", "2.0", "0.0003"]
+    assert rows[1][1] == ""
+    assert rows[1][4:] == ["2", "2.0", "0.0003"]
 
 
 def test_answers_in_percent_of_the_baseline():
@@ -130,14 +197,14 @@ def test_answers_in_percent_of_the_baseline():
         "arm": "ours",
         "is": "undecided",
         "than": "theirs",
-        "result": "1 call",
+        "measure": "1 call",
         "difference": "-2.000 ± 2.484 (-20.0 %)",
-        "arm's": "8.000 ± 2.484",
-        "baseline's": "10.000 ± 0.000",
+        "arm's FD": "8.000 ± 2.484",
+        "the other's FD": "10.000 ± 0.000",
     }
     (row,) = answer_rows([Answer("ours", "theirs", "", [1.0, 1.0], [0.0, 0.0])])[1]
     assert row[1] == "worse"
-    assert row[4] == "+1.000 ± 0.000"  # no share of nothing
+    assert row[3] == "+1.000 ± 0.000"  # no share of nothing, no column of nothing
 
 
 def test_the_best_of_a_search_is_bold_in_its_row():
@@ -157,9 +224,14 @@ def test_the_page_in_markdown_holds_every_part(tmp_path):
     assert "over training seeds 1, 2, 3" in text
     assert "takes as long as another arm's training" in text
     assert "better 0.75 (base)" in text
-    assert "| better | better | base | 1 call | -2.000 ± 0.000 (-40.0 %) |" in text
+    assert "**better against base: better in 1 of 2 measures, undecided in 1.**" in text
+    assert "| better | better | base | 1 network call | -2.000 ± 0.000 (-40.0 %) |" in text
     assert "| teacher | floor | 0.250 |" in text
     assert "| base | **0.500** |" in text
+    assert "- **ECT**: easy consistency tuning" in text
+    assert unanswered(outcome).count("base | none") == 1
+    changed = outcome["arms"] | {"base": KNOWN["arms"]["base"] | {"about": "a|b\x1b[2J"}}
+    assert "| base | a\\|b[2J |" in summary(outcome | {"arms": changed}, tmp_path)
 
 
 def test_a_run_is_finished_with_results_of_its_whole_length(tmp_path):
@@ -203,3 +275,86 @@ def test_the_time_that_is_left_goes_by_images(tmp_path, capsys, monkeypatch):
     assert start.startswith("3 runs of 150 kimg in all, 1 at a time")
     assert first == "[1/3] a: fd 1 (about 8 min to go)"
     assert second == "[2/3] b: fd 2 (about 3 min to go)"
+
+
+def write_whole(folder, **changes):
+    """A study's folder as cm-compare reads it."""
+    outcome = KNOWN | changes
+    start = {"device": "two abaci", "time": "2031-05-06T07:08:09+00:00", "host": "shed"}
+    start |= {"git": {"commit": "c0ffee" * 4, "changed": True}, "versions": {"torch": "9.8"}}
+    write_runs(folder, starts=[start | {"seconds": 60}], seed=1, wandb_id="id7")
+    for run in "abcdef":
+        record = json.loads((folder / run / "run.json").read_text())
+        kimg = 2 if run in "abc" else 3
+        results = {"kimg": kimg, "last": {"fd/ema/nfe1": 1.0}}
+        record |= {"total_kimg": kimg, "results": results}
+        (folder / run / "run.json").write_text(json.dumps(record))
+        (folder / run / "config.yaml").write_text("samples: {seed: 0}\n")
+        (folder / run / "metrics.csv").write_text("kimg,gradient/norm,fd/ema/nfe1\n1,2,\n2,3,1\n")
+    (folder / "study.json").write_text(json.dumps(outcome))
+
+
+def test_the_page_of_a_study_says_what_it_is(program, tmp_path):
+    folder, out = tmp_path / "my study", tmp_path / "out"
+    folder.mkdir()
+    write_whole(folder)
+    done = program("cm-compare", folder, "--out", out)
+    assert done.code == 0, done.err
+    report, page = (out / name for name in ("comparison.md", "comparison.html"))
+    report, page = report.read_text(), page.read_text()
+    quoted = shlex.quote(str(folder))
+    again = f"`cm-fit --config {shlex.quote(str(folder / 'a/config.yaml'))} --run_dir NEW`"
+    for words in (
+        "6 runs from 2031-05-06 07:08 UTC to 2031-05-06 07:08 UTC on two abaci (machine shed), by "
+        f"torch 9.8, commit {('c0ffee' * 2)} with changes.",
+        f"`cm-study STUDY.yaml --out {quoted}`",
+        "**a**: ECT on two abaci, seed 1, 2031-05-06 07:08 UTC",
+        f"W&B run id7; again: {again}",
+    ):
+        assert words in report
+    for words in ("two abaci", "c0ffeec0ffee with changes", "W&amp;B run id7", "<code>cm-fit"):
+        assert words in page
+    sentence = "better against base: better in 1 of 2 measures, undecided in 1."
+    assert f"<p class=answer>{sentence}</p>" in page
+    assert f"**{sentence}**" in report
+    assert "different numbers of images (base: 2 kimg; better: 3 kimg)" in page
+    assert "Frechet distance during training" not in page  # every run was measured once
+    assert {path.name for path in (out / "figures").iterdir()} == {
+        "arms_fd_ema_nfe1.png",
+        "arms_fd_ema_nfe2.png",
+        "gradient_norm.png",
+    }
+    assert "<dt>iCT</dt><dd>improved consistency training" in page
+
+
+def test_names_in_a_study_are_shown_as_they_are(program, tmp_path):
+    """Markup, mathematics of matplotlib and orders to the terminal in names and texts."""
+    evil = r"<i>$\frac{$ \x1b[2J"
+    arms = {evil: KNOWN["arms"]["base"] | {"about": evil}, "better": KNOWN["arms"]["better"]}
+    results = {evil: {evil: [1, 2, 3]}, "better": {evil: [2, 3, 4]}}
+    questions = {evil: [[evil, "better"]]}
+    write_whole(tmp_path, title=evil, arms=arms, results=results, questions=questions)
+    done = program("cm-compare", tmp_path, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    page = (tmp_path / "out/comparison.html").read_text()
+    assert "<i>" not in page
+    assert "&lt;i&gt;" in page
+    assert "\x1b" not in page + (tmp_path / "out/comparison.md").read_text() + done.out
+
+
+@pytest.mark.parametrize("place", ["teacher", "ect/seed1", "ect/0.1/seed1"])
+def test_a_study_that_is_not_finished_says_how_it_goes_on(place, program, tmp_path):
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / "run.json").write_text("{}")
+    done = program("cm-compare", tmp_path, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert f"not finished goes on with cm-study STUDY.yaml --out {tmp_path};" in done.err
+
+
+def test_a_text_of_another_type_is_refused(program, tmp_path):
+    arms = {"base": KNOWN["arms"]["base"] | {"about": [1]}, "better": KNOWN["arms"]["better"]}
+    write_whole(tmp_path, arms=arms)
+    done = program("cm-compare", tmp_path, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "'arms.base.about' of" in done.err
+    assert "must be a text" in done.err
