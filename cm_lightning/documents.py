@@ -34,8 +34,8 @@ _ENTRIES, _DEPTH = 2_000_000, 64
 
 
 def printable(text: str) -> str:
-    """A text of a file's for the terminal: lines, without what could command it."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    """A text without what a terminal would obey instead of showing it; lines stay lines."""
+    return "".join(c for c in text if c.isprintable() or c == "\n")
 
 
 def one_line(text: object) -> str:

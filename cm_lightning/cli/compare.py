@@ -31,8 +31,9 @@ from cm_lightning.cli.compare_runs import (
     read_record,
 )
 from cm_lightning.cli.errors import CommandParser, readable_errors
-from cm_lightning.cli.study_report import printable, read_outcome, table
+from cm_lightning.cli.study_report import read_outcome, table
 from cm_lightning.cli.study_report import summary as study_summary
+from cm_lightning.documents import printable
 from cm_lightning.files import replacing, write_text
 from cm_lightning.types import InputError
 

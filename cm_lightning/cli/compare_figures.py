@@ -17,9 +17,9 @@ from cm_lightning.cli.study_report import (
     label,
     main_results,
     measured_over,
-    printable,
     result_words,
 )
+from cm_lightning.documents import printable
 from cm_lightning.evaluation.figures import shade
 from cm_lightning.families import FAMILIES, Family, level, own_figures
 from cm_lightning.types import InputError

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from cm_lightning.documents import check_form, read_mapping
+from cm_lightning.documents import check_form, printable, read_mapping
 from cm_lightning.types import InputError
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "main_results",
     "measured_over",
     "other_results",
-    "printable",
     "read_outcome",
     "result_words",
     "search_table",
@@ -109,11 +108,6 @@ def interval(values: Sequence[float] | np.ndarray[Any, Any]) -> tuple[float, flo
     array = np.asarray(values, dtype=np.float64)
     width = stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array))
     return float(array.mean()), float(width)
-
-
-def printable(text: str) -> str:
-    """A text without what a terminal would obey instead of showing it; lines stay lines."""
-    return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else "", text)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -20,7 +20,6 @@ from cm_lightning.cli.study_report import (
     label,
     main_results,
     other_results,
-    printable,
     result_words,
     search_table,
     summary,
@@ -28,6 +27,7 @@ from cm_lightning.cli.study_report import (
     verdicts,
 )
 from cm_lightning.cli.study_runs import Run, Runner, finished
+from cm_lightning.documents import printable
 from cm_lightning.types import InputError
 from tests.cli.conftest import ROOT
 
