@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from cm_lightning.callbacks import EMACallback
 from cm_lightning.ema import ConstantEMA
@@ -155,3 +158,18 @@ def test_the_current_folder_does_not_say_where_a_key_is_sent(tmp_path, monkeypat
         check_server()
     monkeypatch.setenv("WANDB_BASE_URL", "http://x.y")
     check_server()
+
+
+@pytest.mark.parametrize("name", ["filelock", "multiprocessing", "tempfile"])
+def test_modules_of_the_current_folder_are_not_imported(name, tmp_path):
+    """Neither by the programs of a study nor by processes that decode images."""
+    (tmp_path / f"{name}.py").write_text("open('mark', 'w').close()\nraise SystemExit(1)\n")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    study = "from cm_lightning.cli.launcher import Launcher; Launcher({}).close()"
+    data = "from cm_lightning.cli.data import main; main()"
+    convert = ["convert", tmp_path, "--kind", "flat", "--out", tmp_path / "out", "--workers", "1"]
+    for words in ([study], [data, *map(str, convert)]):
+        command = [sys.executable, "-P", "-c", *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "mark").exists()
