@@ -165,11 +165,14 @@ def test_modules_of_the_current_folder_are_not_imported(name, tmp_path):
     """Neither by the programs of a study nor by processes that decode images."""
     (tmp_path / f"{name}.py").write_text("open('mark', 'w').close()\nraise SystemExit(1)\n")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
-    study = "from cm_lightning.cli.launcher import Launcher; Launcher({}).close()"
-    data = "from cm_lightning.cli.data import main; main()"
+    study = "from cm_lightning.cli.launcher import Launcher\nLauncher({}).close()\n"
+    data = "from cm_lightning.cli.data import main\nif __name__ == '__main__':\n    main()\n"
     convert = ["convert", tmp_path, "--kind", "flat", "--out", tmp_path / "out", "--workers", "1"]
-    for words in ([study], [data, *map(str, convert)]):
-        command = [sys.executable, "-P", "-c", *words]
+    for text, words in ((study, []), (data, map(str, convert))):
+        script = tmp_path / "bin" / "script"  # as pip installs them
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(text)
+        command = [sys.executable, script, *words]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert not (tmp_path / "mark").exists()
