@@ -8,7 +8,9 @@ classes and functions that run code given as text.
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -70,14 +72,21 @@ def check_class(path: str, where: str, packages: tuple[str, ...] = WEIGHTS) -> N
         packages: Packages of its kind of file.
 
     Raises:
-        InputError: If its package is not allowed.
+        InputError: If its package is not allowed, or not there.
     """
 
     def under(names: tuple[str, ...]) -> bool:
         return any(path == name or path.startswith(f"{name}.") for name in names)
 
-    if not under(tuple(_allowed)) and (under(CLOSED) or not under(packages)):
+    own = under(tuple(_allowed))
+    if not own and (under(CLOSED) or not under(packages)):
         raise refused(path, where, packages)
+    root = path.split(".")[0]
+    if own and root not in sys.modules and importlib.util.find_spec(root) is None:
+        raise InputError(
+            f"{where} names the class '{path}', and {root} is neither installed nor in the current "
+            "folder."
+        )
 
 
 def refused(path: str, where: str, packages: tuple[str, ...] = WEIGHTS) -> InputError:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, get_args, get_type_hints
 
 from cm_lightning.cli.hints import fits, takes_null, words
-from cm_lightning.documents import one_line, read_mapping, read_value
+from cm_lightning.documents import complaint, one_line, read_mapping, read_value
 from cm_lightning.modules import CONFIG, check_class
 from cm_lightning.types import InputError
 
@@ -262,8 +262,12 @@ def _resolve(name: str) -> type | None:
         module, _, attribute = name.rpartition(".")
         try:
             found = getattr(importlib.import_module(module), attribute, None)
-        except ImportError:
-            return None
+        except ModuleNotFoundError as error:
+            if f"{module}.".startswith(f"{error.name}."):
+                return None  # the parser says that there is no such class
+            raise InputError(f"{module} cannot be imported: {one_line(error)}.") from error
+        except Exception as error:  # of the user's own code
+            raise InputError(f"{module} cannot be imported: {complaint(error)}.") from error
     else:
         parts = ("regimes", "networks", "objective", "data", "sampling", "ema", "evaluation")
         modules = [importlib.import_module(f"cm_lightning.{part}") for part in parts]

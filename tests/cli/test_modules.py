@@ -97,6 +97,29 @@ def test_a_module_of_the_current_folder_is_found(fit, tmp_path, monkeypatch):
     sys.modules.pop("neighbour")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import nothing_here\n", "neighbour cannot be imported: No module named 'nothing_here'."),
+        ("def f()\n    pass\n", "cannot be imported: SyntaxError"),
+        ("x = y\n", "cannot be imported: NameError in neighbour.py, line 1: name 'y' is not"),
+        ("", "there is no class 'neighbour.Own'"),
+        (None, "and neighbour is neither installed nor in the current folder"),
+    ],
+)
+def test_what_is_wrong_with_ones_own_module_is_told(fit, tmp_path, monkeypatch, text, message):
+    if text is not None:
+        (tmp_path / "neighbour.py").write_text(text)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    words = ["--model.distance", "neighbour.Own", "--allow_modules", "neighbour"]
+    done = fit(tmp_path / "run", *words)
+    assert done.code == 2
+    assert message in done.err
+    assert done.err.count("\n") == 1
+    sys.modules.pop("neighbour", None)
+
+
 OWN = """
 import torch
 from torch import nn
