@@ -282,14 +282,14 @@ def main(args: list[str] | None = None) -> None:
         else:
             name_modules(allowed_by(argv))
             check_keys(argv, GROUPS, SCALARS)
-        with only(CONFIG):
+        with only(CONFIG):  # to the end, as the optimizer is made when training starts
             cli = FitCLI(args)
-        try:
-            (check if cli.config["check"] else fit)(cli)
-        except Exception as error:
-            if not lacks_memory(error):
-                raise
-            fail(COMMAND, out_of_memory(cli, error), 1)
+            try:
+                (check if cli.config["check"] else fit)(cli)
+            except Exception as error:
+                if not lacks_memory(error):
+                    raise
+                fail(COMMAND, out_of_memory(cli, error), 1)
 
 
 def allowed_by(argv: list[str]) -> list[str]:
