@@ -17,8 +17,8 @@ from cm_lightning.cli.study_report import (
     label,
     main_results,
     measured_over,
-    result_words,
 )
+from cm_lightning.cli.words import result_words
 from cm_lightning.documents import printable
 from cm_lightning.evaluation.figures import shade
 from cm_lightning.families import FAMILIES, Family, level, own_figures

@@ -13,18 +13,17 @@ from cm_lightning.cli.compare_figures import Panel, colour, course, names_of, se
 from cm_lightning.cli.compare_runs import Entry, grids, nfe_of, settings
 from cm_lightning.cli.study_report import (
     HOW,
-    WORDS,
     answer_rows,
     answers,
     arms_table,
     calls,
     explanation,
     other_results,
-    result_words,
     search_table,
     unanswered,
     verdicts,
 )
+from cm_lightning.cli.words import WORDS, result_words
 
 __all__ = ["page", "study_page"]
 

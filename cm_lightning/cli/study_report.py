@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from cm_lightning.cli.words import WORDS, part_words, piece_words, pieces, result_words
 from cm_lightning.documents import check_form, printable, read_mapping
 from cm_lightning.types import InputError
 
 __all__ = [
     "OUTCOME",
     "RECORD",
-    "WORDS",
     "Answer",
     "answers",
     "arms_table",
@@ -28,7 +27,6 @@ __all__ = [
     "measured_over",
     "other_results",
     "read_outcome",
-    "result_words",
     "search_table",
     "summary",
     "table",
@@ -152,71 +150,6 @@ def main_results(outcome: Mapping[str, Any]) -> list[str]:
     return [key for key in names if 2 * sum(key in results for results in found) > len(found)]
 
 
-WORDS = {
-    "arm": "one setting that a study trains and compares, over several seeds",
-    "call": "one evaluation of the network; images are drawn in one or a few",
-    "kimg": "1,000 images seen in training",
-    "FD": "Frechet distance between features of generated and of training images; 0 is perfect",
-    "EMA, average": "a moving average of the weights over training, used in their place; std is "
-    "its length as a share of the run, rate what survives of it per step",
-    "live": "the weights themselves, without an average",
-    "teacher": "a diffusion model, from which a run starts or which it distils",
-    "CT": "consistency training: the network learns to give the same image at two neighbouring "
-    "noise levels",
-    "iCT": "improved consistency training: CT without a copy of the network, on a finer grid of "
-    "noise levels",
-    "ECT": "easy consistency tuning: the two noise levels draw closer in stages",
-    "SCT": "stable consistency tuning: ECT in smaller steps, targets averaged over many images",
-    "CD": "consistency distillation: learns from steps that a teacher takes",
-    "GC": "generator-augmented coupling: some training images are the model's own",
-}
-"""What names and short forms in reports mean."""
-
-_PARTS = {
-    r"live": r"live weights",
-    r"ema_std(.+)": r"average std \1",
-    r"ema_halflife(.+)k": r"average of half-life \1 kimg",
-    r"ema_warmup(.+)": r"average of rate \1 with warm-up",
-    r"ema_(.+)": r"average of rate \1",
-    r"fid(\d+k?)": r"Inception features of \1 samples",
-    r"fd_(dinov2(?:_[a-z]+)?|.+?)_?(\d+k?)": r"\1 features of \2 samples",
-    r"nfe(\d+)": r"\1 network calls",
-    r"(euler|heun)_nfe(\d+)": r"\1, \2 network calls",
-    r"phased_nfe(\d+)": r"\1 network calls in phases",
-    r"phased_nfe(\d+)_eta(.+)": r"\1 network calls in phases, eta \2",
-    r"sigmas (.+)": r"noise levels \1",
-    r"phases (.+)": r"phases between noise levels \1",
-}
-
-
-def _part_words(part: str) -> str:
-    name, at, share = part.partition("@")
-    for pattern, words in _PARTS.items():
-        if match := re.fullmatch(pattern, name):
-            name = match.expand(words)
-            break
-    name = re.sub(r"\b1 network calls", "1 network call", name)
-    return f"{name} at {share} of the run" if at else name
-
-
-def result_words(key: str) -> str:
-    """The name of a result, or a part of one, in words.
-
-    Args:
-        key: Such as ``fd_digits2k/ema_0.993/nfe1``.
-    """
-    return ", ".join(map(_piece_words, _pieces(key)))
-
-
-def _pieces(key: str) -> list[str]:
-    return [piece for part in key.split("/") for piece in part.split(", ")]
-
-
-def _piece_words(piece: str) -> str:
-    scale, by, profile = piece.partition(" by ")  # of guidance
-    return f"{scale} by {_part_words(profile)}" if by else _part_words(piece)
-
-
 def label(key: str, among: Sequence[str]) -> str:
     """A result in words: number of network calls, and what else tells it from others.
 
@@ -236,7 +169,7 @@ def label(key: str, among: Sequence[str]) -> str:
 
 def measured_over(keys: Sequence[str]) -> str:
     """Features and numbers of samples of results in words."""
-    return " and ".join(dict.fromkeys(_part_words(key.partition("/")[0]) for key in keys))
+    return " and ".join(dict.fromkeys(part_words(key.partition("/")[0]) for key in keys))
 
 
 def answers(outcome: Mapping[str, Any]) -> Iterator[tuple[str, list[Answer]]]:
@@ -262,14 +195,14 @@ def answers(outcome: Mapping[str, Any]) -> Iterator[tuple[str, list[Answer]]]:
 
 def _sides(*keys: str) -> tuple[str, str, str]:
     """What tells two results apart, in words after the names of their arms, and what they share."""
-    left, right = (_pieces(key.partition("/")[2] or key) for key in keys)
+    left, right = (pieces(key.partition("/")[2] or key) for key in keys)
     shared = [piece for piece in left if piece in right]
     own = [
-        ", ".join(_piece_words(piece) for piece in pieces if piece not in shared)
+        ", ".join(piece_words(piece) for piece in pieces if piece not in shared)
         for pieces in (left, right)
     ]
     a, b = (f" ({words or 'without'})" if any(own) else "" for words in own)
-    return a, b, ", ".join(map(_piece_words, shared))
+    return a, b, ", ".join(map(piece_words, shared))
 
 
 def shown(values: Sequence[float]) -> str:

@@ -20,13 +20,13 @@ from cm_lightning.cli.study_report import (
     label,
     main_results,
     other_results,
-    result_words,
     search_table,
     summary,
     unanswered,
     verdicts,
 )
 from cm_lightning.cli.study_runs import Run, Runner, finished
+from cm_lightning.cli.words import result_words
 from cm_lightning.documents import printable
 from cm_lightning.types import InputError
 from tests.cli.conftest import ROOT
