@@ -32,6 +32,7 @@ _PARTS = {
     r"ema_halflife(.+)k": r"average of half-life \1 kimg",
     r"ema_warmup(.+)": r"average of rate \1 with warm-up",
     r"ema_(.+)": r"average of rate \1",
+    r"fid": r"Inception features of 50k samples",
     r"fid(\d+k?)": r"Inception features of \1 samples",
     r"fd_(dinov2(?:_[a-z]+)?|.+?)_?(\d+k?)": r"\1 features of \2 samples",
     r"nfe(\d+)": r"\1 network calls",
