@@ -137,18 +137,20 @@ def only(packages: tuple[str, ...] = WEIGHTS) -> Iterator[None]:
     Args:
         packages: Packages of the kind of file that is read.
     """
-    from jsonargparse import _common, set_parsing_settings
+    import jsonargparse
 
-    before = dict(_common.parsing_settings)  # there is no public way to read them
+    # there is no public way to read them; a version that keeps them elsewhere stays closed
+    settings = getattr(getattr(jsonargparse, "_common", None), "parsing_settings", {})
+    before = dict(settings)
     try:
-        set_parsing_settings(
+        jsonargparse.set_parsing_settings(
             import_path_denylist=["*", *CLOSED],
             import_path_allowlist=[*packages, *_allowed],
             instantiate_subclass_spec_in_any=False,
         )
         yield
     finally:
-        _common.parsing_settings.update(before)
+        settings.update(before)
 
 
 def denied(message: str) -> str | None:
