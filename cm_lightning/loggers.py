@@ -311,7 +311,7 @@ def check_server() -> None:
         with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):
             found.read(path, encoding="utf-8")
         url = found.get("default", "base_url", fallback=None)
-        if url is not None and os.environ.get("WANDB_BASE_URL") != url:
+        if url is not None and os.environ.get("WANDB_BASE_URL", "").rstrip("/") != url.rstrip("/"):
             raise InputError(
                 f"{path} sends W&B's rows, and your key, to {url}: set WANDB_BASE_URL to that, or "
                 "remove the line."
@@ -333,9 +333,10 @@ def wandb_logger(
         return None
     import wandb
 
-    check_server()
     settings = wandb.setup().settings
     mode = settings.mode
+    if mode not in ("offline", "dryrun", "disabled"):
+        check_server()
     later = f"`wandb sync --yes {run_dir}/wandb/offline-run-*` sends the run later"
     if mode not in ("offline", "dryrun", "disabled") and not has_wandb_key(settings):
         say(
