@@ -9,9 +9,10 @@ classes and functions that run code given as text.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,8 +39,20 @@ CONFIG = (
     *(f"lightning.fabric.{part}" for part in ("strategies", "plugins", "accelerators")),
 )
 """Those in a config of ``cm-fit``."""
-CLOSED = ("lightning.pytorch.callbacks.lambda_function",)
-"""Parts of them that call whatever they are given."""
+CLOSED = (
+    "lightning.pytorch.callbacks.lambda_function",
+    *(
+        f"cm_lightning.{part}"
+        for part in ("bench", "cli", "documents", "files", "loggers", "modules")
+    ),
+)
+"""Parts of them that call what they are given, or write where they are told."""
+MAKERS = (
+    "cm_lightning.regimes.base.radam",
+    "cm_lightning.regimes.base.radam_cm",
+    "cm_lightning.regimes.diffusion.adam",
+)
+"""The only functions that a file may name: the optimizers of the recipes."""
 
 _allowed: list[str] = []
 
@@ -74,12 +87,8 @@ def check_class(path: str, where: str, packages: tuple[str, ...] = WEIGHTS) -> N
     Raises:
         InputError: If its package is not allowed, or not there.
     """
-
-    def under(names: tuple[str, ...]) -> bool:
-        return any(path == name or path.startswith(f"{name}.") for name in names)
-
-    own = under(tuple(_allowed))
-    if not own and (under(CLOSED) or not under(packages)):
+    own = _under(path, _allowed)
+    if not own and (_under(path, CLOSED) or not _under(path, packages)):
         raise refused(path, where, packages)
     root = path.split(".")[0]
     if own and root not in sys.modules and importlib.util.find_spec(root) is None:
@@ -89,6 +98,10 @@ def check_class(path: str, where: str, packages: tuple[str, ...] = WEIGHTS) -> N
         )
 
 
+def _under(path: str, names: Iterable[str]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in names)
+
+
 def refused(path: str, where: str, packages: tuple[str, ...] = WEIGHTS) -> InputError:
     """Why a class is not taken."""
     root = path.split(".")[0]
@@ -96,8 +109,10 @@ def refused(path: str, where: str, packages: tuple[str, ...] = WEIGHTS) -> Input
     if packages == CONFIG:
         known.append(f"Lightning's {', '.join(LIGHTNING)}")
     text = f"{where} names the class '{path}': classes come from {', '.join(known)}"
-    if root in ("torch", "lightning"):
-        return InputError(f"{text} alone, as others there run code that a file may hold.")
+    if root in ("cm_lightning", "torch", "lightning"):
+        return InputError(
+            f"{text} alone, as other parts of these, and functions, can run what a file holds."
+        )
     return InputError(
         f"{text} alone, because importing a package runs its code. If you trust this one, add "
         f"--allow_modules {root} to the command line (in Python call "
@@ -130,27 +145,41 @@ def check_class_paths(node: Any, where: str) -> None:
 def only(packages: tuple[str, ...] = WEIGHTS) -> Iterator[None]:
     """Within the context, jsonargparse imports of these packages and those allowed alone.
 
-    It reads texts as YAML, follows attributes of modules and takes functions for classes, which
-    :func:`check_class_paths` does not see; it looks at where a thing is defined, too. Untyped
-    arguments are never made into objects. Its settings are global: they are put back.
+    It reads texts as YAML and follows attributes of modules, which :func:`check_class_paths` does
+    not see; it looks at where a thing is defined, too. Untyped arguments are never made into
+    objects, and functions, which it would call with arguments of the file, are none of the classes
+    that a file may name, but for :data:`MAKERS`. Its settings are global: they are put back.
 
     Args:
         packages: Packages of the kind of file that is read.
     """
-    import jsonargparse
+    from jsonargparse import _actions, _common, _typehints, set_parsing_settings
 
-    # there is no public way to read them; a version that keeps them elsewhere stays closed
-    settings = getattr(getattr(jsonargparse, "_common", None), "parsing_settings", {})
-    before = dict(settings)
+    common: Any = _common  # pyproject.toml names the version that has all this
+    parsers: tuple[Any, Any] = _actions, _typehints
+    found_by, before = parsers[0].import_object, dict(common.parsing_settings)
+
+    def import_class(name: str, check_path: bool = True) -> Any:
+        found = found_by(name, check_path)
+        place = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+        made = inspect.isclass(found) or place in MAKERS or _under(place, _allowed)
+        if check_path and not made:
+            raise common.ImportDenied(f"Importing '{name}' is not allowed: it is no class.")
+        return found
+
     try:
-        jsonargparse.set_parsing_settings(
+        for parser in parsers:
+            parser.import_object = import_class
+        set_parsing_settings(
             import_path_denylist=["*", *CLOSED],
             import_path_allowlist=[*packages, *_allowed],
             instantiate_subclass_spec_in_any=False,
         )
         yield
     finally:
-        settings.update(before)
+        for parser in parsers:
+            parser.import_object = found_by
+        common.parsing_settings.update(before)
 
 
 def denied(message: str) -> str | None:

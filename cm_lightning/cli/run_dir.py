@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,9 @@ def plan_run(config: Any, text: str) -> RunPlan:
     Raises:
         InputError: If the directory holds another run, or the checkpoint does not exist.
     """
-    run_dir = Path(config["run_dir"] or default_run_dir(config))
+    run_dir = Path(config["run_dir"] or default_run_dir(config)).expanduser()
+    if not _is_local(str(run_dir)):
+        raise InputError(f"--run_dir {run_dir} is no folder of this machine.")
     check_places(config["trainer"], run_dir)
     if config["check"]:
         return RunPlan(run_dir, None, text)
@@ -132,6 +135,11 @@ _PARTS = {"name", "version", "sub_dir"}
 """Arguments of its loggers that become folders there."""
 
 
+def _is_local(path: str) -> bool:
+    """Whether a path means the same to Lightning and its helpers, which expand ~, $ and URLs."""
+    return not re.match(r"~|\w+:", path) and "::" not in path and "$" not in path
+
+
 def check_places(trainer: Any, run_dir: Path) -> None:
     """Check that nothing a config names writes outside the run directory.
 
@@ -147,6 +155,11 @@ def check_places(trainer: Any, run_dir: Path) -> None:
     for key, value in flatten(json.loads(json.dumps(trainer.as_dict(), default=str))):
         name = key.split(".")[-1]
         parts = set(Path(f"{value}").parts)
+        if name in _PLACES | _PARTS and not _is_local(f"{value}"):
+            raise InputError(
+                f"trainer.{key.replace('.init_args', '')} is {value}: give a path of this machine "
+                "as it stands, without ~, $ or the name of a protocol."
+            )
         if name in _PARTS and key.startswith("logger") and parts & {"..", "/"}:
             raise InputError(
                 f"trainer.{key.replace('.init_args', '')} is {value}, which leads out of the run "

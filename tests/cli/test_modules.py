@@ -191,13 +191,28 @@ def runs(mark) -> dict[str, object]:
         "attributes of a module": {"class_path": linear, "init_args": inside | device},
         "text of a module": "this.s",
         "untyped argument": own | {"init_args": {"img_resolution": 8, "resample_filter": device}},
+        "function of a regime": {
+            "class_path": "cm_lightning.regimes.ECT",
+            "init_args": {
+                "denoiser": {"class_path": "EDMPrecond", "init_args": {"backbone": own}},
+                "total_kimg": 1,
+                "optimizer": {
+                    "class_path": "cm_lightning.weights.portable.save_weights",
+                    "init_args": {"folder": mark, "denoiser": {}, "weights": {}, "info": {}},
+                },
+            },
+        },
     }
 
 
 @pytest.mark.parametrize("way", runs("").keys())
 def test_no_description_of_a_network_runs_code(way, program, tmp_path, capsys):
     mark = tmp_path / "mark"
-    words = CODE.format(str(mark)) if "attr" not in way and "unt" not in way else f"touch {mark}"
+    words = CODE.format(str(mark))
+    if "attributes" in way or "argument" in way:
+        words = f"touch {mark}"
+    elif "function" in way:
+        words = str(mark)
     init = {"backbone": runs(words)[way]}
     denoiser = {"class_path": "cm_lightning.networks.EDMPrecond", "init_args": init}
     folder = tmp_path / "weights"
@@ -231,6 +246,17 @@ def test_no_description_of_a_network_runs_code(way, program, tmp_path, capsys):
             "cm_lightning.cli.fit.main}}]",
         ],
         ["--trainer.callbacks", "[{class_path: LambdaCallback}]"],
+        [
+            "--trainer.callbacks",
+            "[{class_path: BackboneFinetuning, init_args: {lambda_func: "
+            "cm_lightning.evaluation.save_png}}]",
+        ],
+        [
+            "--trainer.callbacks",
+            "[{class_path: BackboneFinetuning, init_args: {lambda_func: {class_path: "
+            "cm_lightning.files.write_text, init_args: {path: x, text: y}}}}]",
+        ],
+        ["--trainer.logger", "{class_path: cm_lightning.loggers.MetricsCSV}"],
         ["--model.optimizer", "{class_path: torch.distributed.launcher.api.elastic_launch}"],
     ],
 )
@@ -251,9 +277,10 @@ def test_what_runs_code_in_torch_and_lightning_is_closed(words, fit, tmp_path):
 
 def test_settings_of_the_parser_are_put_back():
     """They are global: a program of the user's has its own."""
-    from jsonargparse import _common
+    from jsonargparse import _common, _typehints
 
-    before = dict(_common.parsing_settings)
+    before = dict(_common.parsing_settings), _typehints.import_object
     with only():
         assert _common.parsing_settings["import_path_verdicts"]["*"] is False
-    assert _common.parsing_settings == before
+        assert _typehints.import_object is not before[1]
+    assert (_common.parsing_settings, _typehints.import_object) == before

@@ -127,6 +127,18 @@ def test_loggers_stay_in_the_run(run):
         assert "leads out of the run directory" in refused(folder, "cm-fit", *words)
 
 
+@pytest.mark.parametrize("place", ["~/x", "file:///tmp/x", "$HOME/x"])
+def test_places_that_lightning_would_expand(run, place):
+    with workplace(run) as folder:
+        logger = {"class_path": "CSVLogger", "init_args": {"save_dir": place}}
+        (folder / "x.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
+        words = ["--config", f"{run.name}/config.yaml", "--config", "x.yaml", "--run_dir", "new"]
+        assert "give a path of this machine" in refused(folder, "cm-fit", *words)
+        (folder / "y.yaml").write_text("run_dir: 'file:'\n")
+        words = ["--config", f"{run.name}/config.yaml", "--config", "y.yaml"]
+        assert "is no folder of this machine" in refused(folder, "cm-fit", *words)
+
+
 def test_checkpoints_of_another_run_are_not_taken_over(run):
     with workplace(run) as folder:
         for name in ("config.yaml", "run.json", "metrics.csv"):
