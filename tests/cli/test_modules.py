@@ -185,6 +185,7 @@ def runs(mark) -> dict[str, object]:
     device = {"device": shell | {"init_args": {"args": mark, "shell": True}}}
     linear = "cm_lightning.networks.layers.nn.Linear"
     own = {"class_path": "cm_lightning.networks.SongUNet"}
+    sizes = {"init_args": {"img_resolution": 8, "in_channels": 1, "out_channels": 1}}
     return {
         "mapping": body,
         "text": json.dumps(body),
@@ -194,7 +195,7 @@ def runs(mark) -> dict[str, object]:
         "function of a regime": {
             "class_path": "cm_lightning.regimes.ECT",
             "init_args": {
-                "denoiser": {"class_path": "EDMPrecond", "init_args": {"backbone": own}},
+                "denoiser": {"class_path": "EDMPrecond", "init_args": {"backbone": own | sizes}},
                 "total_kimg": 1,
                 "optimizer": {
                     "class_path": "cm_lightning.weights.portable.save_weights",
