@@ -84,7 +84,7 @@ def read_mapping(path: str | Path, what: str = "file") -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST:
             raise InputError(f"The {what} {path} is larger than {_LARGEST >> 20} MiB.")
-        if path.exists() and not path.is_file():
+        if not path.is_file():
             raise InputError(f"The {what} {path} cannot be read: it is a folder or a device.")
         text = path.read_text(encoding="utf-8")
         if kind == "YAML" and _SIXTIES.search(text):

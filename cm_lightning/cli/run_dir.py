@@ -62,7 +62,7 @@ def plan_run(config: Any, text: str) -> RunPlan:
     """
     run_dir = Path(config["run_dir"] or default_run_dir(config)).expanduser()
     if not _is_local(str(run_dir)):
-        raise InputError(f"--run_dir {run_dir} is no folder of this machine.")
+        raise InputError(f"--run_dir {run_dir}: {_AS_IT_STANDS}.")
     check_places(config["trainer"], run_dir)
     if config["check"]:
         return RunPlan(run_dir, None, text)
@@ -135,6 +135,9 @@ _PARTS = {"name", "version", "sub_dir"}
 """Arguments of its loggers that become folders there."""
 
 
+_AS_IT_STANDS = "give a path of this machine as it stands, without ~, $ or the name of a protocol"
+
+
 def _is_local(path: str) -> bool:
     """Whether a path means the same to Lightning and its helpers, which expand ~, $ and URLs."""
     return not re.match(r"~|\w+:", path) and "::" not in path and "$" not in path
@@ -154,24 +157,18 @@ def check_places(trainer: Any, run_dir: Path) -> None:
         raise InputError("trainer.default_root_dir cannot be set: --run_dir is the place of a run.")
     for key, value in flatten(json.loads(json.dumps(trainer.as_dict(), default=str))):
         name = key.split(".")[-1]
-        parts = set(Path(f"{value}").parts)
-        if name in _PLACES | _PARTS and not _is_local(f"{value}"):
-            raise InputError(
-                f"trainer.{key.replace('.init_args', '')} is {value}: give a path of this machine "
-                "as it stands, without ~, $ or the name of a protocol."
-            )
-        if name in _PARTS and key.startswith("logger") and parts & {"..", "/"}:
-            raise InputError(
-                f"trainer.{key.replace('.init_args', '')} is {value}, which leads out of the run "
-                f"directory: give a plain name."
-            )
+        shown = f"trainer.{key.replace('.init_args', '')} is {value}"
+        part = name in _PARTS and key.startswith("logger")
+        if (part or name in _PLACES) and not _is_local(f"{value}"):
+            raise InputError(f"{shown}: {_AS_IT_STANDS}.")
+        if part and {"..", "/"} & set(Path(f"{value}").parts):
+            raise InputError(f"{shown}, which leads out of the run directory: give a plain name.")
         if name in _PLACES and value is not None:
             inside = run_dir.resolve()
             place = (inside / str(value) if "filename" in name else Path(str(value))).resolve()
             if inside not in (place, *place.parents):
                 raise InputError(
-                    f"trainer.{key.replace('.init_args', '')} is {value}, outside the run "
-                    f"directory: give a path below {run_dir}."
+                    f"{shown}, outside the run directory: give a path below {run_dir}."
                 )
 
 

@@ -136,7 +136,7 @@ def test_places_that_lightning_would_expand(run, place):
         assert "give a path of this machine" in refused(folder, "cm-fit", *words)
         (folder / "y.yaml").write_text("run_dir: 'file:'\n")
         words = ["--config", f"{run.name}/config.yaml", "--config", "y.yaml"]
-        assert "is no folder of this machine" in refused(folder, "cm-fit", *words)
+        assert "--run_dir file:: give a path of this machine" in refused(folder, "cm-fit", *words)
 
 
 def test_checkpoints_of_another_run_are_not_taken_over(run):
